@@ -1,0 +1,368 @@
+/* express.h - the C ABI of Express, version 1.0 (C99).
+ *
+ * Express keeps the KV cache of a transformer inside a fixed memory budget, however long the sequence grows, and
+ * computes attention over what it keeps. One cache serves one sequence: per layer and KV head it holds a weighted set
+ * of keys and values. Tokens are appended; attention over the set is softmax attention with log-weights added to the
+ * logits:
+ *
+ *     out(q) = sum_j w_j^a exp(s<q,k_j>) v_j / sum_j w_j^a exp(s<q,k_j>)      lse(q) = log sum_j w_j^a exp(s<q,k_j>)
+ *
+ * with s = scale and a = weight_exponent. The weights of the entries held always sum to the number of tokens appended.
+ * Method: kernel halving; Gong, Carrell, Dwivedi, Mackey, "Express Language Modeling", arXiv:2606.10944.
+ *
+ * Errors.   Every fallible call returns an express_status; express_last_error() has a message that names the argument,
+ * what was expected and what came. A call that fails changed nothing, neither the cache nor an output (the one
+ *           exception is EXPRESS_STATUS_BROKEN, see there). Nothing throws, aborts, exits or prints.
+ * Threads.  Distinct caches are independent. On one cache at most one thread may be in a call that takes a non-const
+ *           express_cache; calls that take a const one may run concurrently with each other. The library computes on up
+ * to config.threads threads (oneTBB) or on the engine's own through config.parallel_for; results do not depend on the
+ *           number of threads.
+ * Memory.   Everything a cache needs is allocated in one piece by express_create; append, attend, prefill, compress,
+ * export and rollback allocate nothing. Tensors.  Views in the shape of DLPack: the caller owns data, shape and
+ * strides; the library reads or writes them only during the call. Inputs and outputs must not overlap. The innermost
+ * stride must be 1.
+ */
+#ifndef EXPRESS_H_
+#define EXPRESS_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#define EXPRESS_VERSION_MAJOR 1
+#define EXPRESS_VERSION_MINOR 0
+#define EXPRESS_VERSION_PATCH 0
+
+#if defined(__GNUC__) || defined(__clang__)
+#define EXPRESS_API __attribute__((visibility("default")))
+#define EXPRESS_MUST_USE __attribute__((warn_unused_result))
+#else
+#define EXPRESS_API
+#define EXPRESS_MUST_USE
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* ---------------------------------------------------------------------------------------------- status and errors ----
+ */
+
+/* Numbers are pinned: a status keeps its number for ever, new ones are appended. */
+typedef enum express_status {
+  EXPRESS_STATUS_OK = 0,
+  EXPRESS_STATUS_INVALID_ARGUMENT = 1,     /* a null pointer, a value outside its range, an unknown enumerator */
+  EXPRESS_STATUS_OUT_OF_RANGE = 2,         /* a layer or KV head that does not exist */
+  EXPRESS_STATUS_SHAPE_MISMATCH = 3,       /* ndim, shape or strides of a tensor */
+  EXPRESS_STATUS_DTYPE_MISMATCH = 4,       /* a tensor of a type that this argument cannot have */
+  EXPRESS_STATUS_DEVICE_MISMATCH = 5,      /* a tensor that lives on another device than the cache */
+  EXPRESS_STATUS_NOT_FINITE = 6,           /* NaN or infinity in an input, found because config.validate is on */
+  EXPRESS_STATUS_BUDGET_TOO_SMALL = 7,     /* sinks + window + protected + one halving do not fit */
+  EXPRESS_STATUS_WOULD_COMPRESS = 8,       /* config.auto_compress is off and the append needs a halving */
+  EXPRESS_STATUS_ROLLBACK_UNAVAILABLE = 9, /* more tokens than can be taken back */
+  EXPRESS_STATUS_BUFFER_TOO_SMALL = 10,    /* an output or a workspace is smaller than needed */
+  EXPRESS_STATUS_SIZE_OVERFLOW = 11,       /* sizes whose product does not fit */
+  EXPRESS_STATUS_OUT_OF_MEMORY = 12,       /* the allocation at creation failed */
+  EXPRESS_STATUS_UNSUPPORTED = 13, /* well-formed, but not in this build: another device, a reserved enumerator */
+  EXPRESS_STATUS_BROKEN = 14,      /* the engine's parallel_for did not run every task of an earlier mutating call;
+                                      the cache accepts only express_reset and express_destroy */
+  EXPRESS_STATUS_INTERNAL = 15     /* a defect of the library */
+} express_status;
+
+/* The name of a status, for example "EXPRESS_STATUS_OK"; "EXPRESS_STATUS_UNKNOWN" for a number that is none. Static
+ * storage. */
+EXPRESS_API const char *express_status_name(express_status status);
+
+/* The message of the last call of this thread that failed; "" before the first. Valid until the thread's next failing
+ * call. */
+EXPRESS_API const char *express_last_error(void);
+
+/* major * 10000 + minor * 100 + patch of the library that is loaded (the header's: EXPRESS_VERSION_*), and "1.0.0". */
+EXPRESS_API uint32_t express_version(void);
+EXPRESS_API const char *express_version_string(void);
+
+/* --------------------------------------------------------------------------------------------------------- tensors
+ * ---- */
+
+/* Element types. 3 and above are reserved for 8-bit storage. */
+typedef enum express_dtype {
+  EXPRESS_DTYPE_F32 = 0,
+  EXPRESS_DTYPE_F16 = 1,  /* IEEE binary16 */
+  EXPRESS_DTYPE_BF16 = 2, /* bfloat16 */
+  EXPRESS_DTYPE_I64 = 16  /* positions only */
+} express_dtype;
+
+/* Devices, numbered as in DLPack. */
+typedef enum express_device_type {
+  EXPRESS_DEVICE_CPU = 1,
+  EXPRESS_DEVICE_CUDA = 2 /* reserved: EXPRESS_STATUS_UNSUPPORTED in a library without it */
+} express_device_type;
+
+/* A view of an array. `strides` counts elements, not bytes; NULL means row-major and contiguous. */
+typedef struct express_tensor {
+  void *data;
+  int32_t device_type; /* express_device_type */
+  int32_t device_id;
+  int32_t dtype; /* express_dtype */
+  int32_t ndim;
+  const int64_t *shape;   /* (ndim) */
+  const int64_t *strides; /* (ndim), or NULL */
+} express_tensor;
+
+/* ---------------------------------------------------------------------------------------------------- configuration
+ * ---- */
+
+/* "Let the library decide", in the integer and floating-point fields that say so. Zero means zero. */
+#define EXPRESS_AUTO (-1)
+
+typedef enum express_schedule {
+  EXPRESS_SCHEDULE_BUDGET = 0, /* halve one level when no slot is free: stays close to the budget */
+  EXPRESS_SCHEDULE_ROUNDS =
+      1 /* the paper's rounds of four: between s and 8 s entries, s the largest power of two that fits */
+} express_schedule;
+
+typedef enum express_halving {
+  EXPRESS_HALVING_KERNEL = 0, /* kernel halving */
+  EXPRESS_HALVING_COIN = 1    /* a fair coin per pair: uniform sampling, the baseline */
+} express_halving;
+
+typedef enum express_budget_unit {
+  EXPRESS_BUDGET_ENTRIES = 0, /* budget = entries per KV head, the mean over all layers and KV heads */
+  EXPRESS_BUDGET_BYTES =
+      1 /* budget = bytes of the whole cache, everything included; the largest entry budget that fits is used */
+} express_budget_unit;
+
+/* Runs body(task, i, worker) for every i in [0, count), in any order, on any threads, and returns when all are done.
+ * `worker` is in [0, config.threads) and no two concurrent calls of body may have the same one. */
+typedef void (*express_parallel_for)(void *context, int64_t count, void (*body)(void *task, int64_t i, int32_t worker),
+                                     void *task);
+
+/* The setting of one (layer, KV head), or of all KV heads of one layer. */
+typedef struct express_head_setting {
+  int64_t budget;            /* entries, everything included */
+  int64_t sinks;             /* the first tokens, kept exactly; EXPRESS_AUTO: config.sinks */
+  int64_t window;            /* the last tokens, kept exactly; EXPRESS_AUTO: from the budget, see config.window */
+  int64_t protected_entries; /* EXPRESS_AUTO: from the budget, see config.protected_entries */
+} express_head_setting;
+
+/* struct_size comes first and must be sizeof(express_config). Fields are only ever appended; those beyond the caller's
+ * struct_size take their defaults, and a non-zero tail that this library does not know is refused. Start from
+ * EXPRESS_CONFIG_INIT or express_config_init and set at least layers, query_heads, kv_heads, the head dims and budget.
+ */
+typedef struct express_config {
+  uint32_t struct_size;
+
+  /* The model. */
+  int32_t layers;      /* >= 1 */
+  int32_t query_heads; /* of one layer; a multiple of kv_heads */
+  int32_t kv_heads;    /* of one layer */
+  int32_t key_dim;     /* head dimension of queries and keys, 1 .. 1024 */
+  int32_t value_dim;   /* head dimension of values, 1 .. 1024 */
+  double scale;        /* softmax scale, > 0; EXPRESS_AUTO: 1 / sqrt(key_dim) */
+  int32_t dtype;       /* express_dtype of the stored keys and values: F32, F16 or BF16; arithmetic is always float32 */
+  int32_t device_type; /* express_device_type */
+  int32_t device_id;   /* 0 on the CPU */
+  int32_t
+      first_layer; /* global index of layer 0 and of KV head 0: a model that is split over processes draws the same */
+  int32_t first_kv_head; /*   random numbers as the whole one */
+
+  /* The budget. */
+  int32_t budget_unit; /* express_budget_unit */
+  int64_t budget;      /* entries or bytes, by budget_unit */
+  int64_t sinks;       /* the first tokens, kept exactly with weight 1 */
+  int64_t window; /* the last tokens, kept exactly; EXPRESS_AUTO: base + 60 % of what the head has beyond its base, the
+                     base being 5/16 of the mean budget. The most recent token is always exact, also with window 0. */
+  int64_t protected_entries; /* older tokens kept exactly because of their outlying keys; EXPRESS_AUTO: 28 % of what the
+                                head has beyond its base */
+  int64_t rollback_reserve;  /* how many tokens express_rollback can always take back */
+  const float *head_share; /* (layers) or (layers, kv_heads), >= 0: every KV head gets the base, and what remains of the
+                              mean budget is shared out in proportion; NULL: evenly. Good shares: the squared attention
+                              mass on far tokens. Copied by express_create. */
+  int64_t head_share_count;                  /* 0, layers or layers * kv_heads */
+  const express_head_setting *head_settings; /* explicit settings instead of budget and head_share; copied */
+  int64_t head_settings_count;               /* 0, layers or layers * kv_heads */
+
+  /* The method. The defaults are the measured best; the paper's own setting, for which its error bound is proven, is
+   * weight_exponent 1, gamma 0, tau 1, protected_entries 0, schedule ROUNDS. */
+  int32_t schedule;       /* express_schedule */
+  int32_t halving;        /* express_halving */
+  double weight_exponent; /* alpha in [0, 1]: attention uses alpha * log w */
+  double gamma;           /* in [0, 1]: key kernel, 0 exponential (paper) to 1 Gaussian */
+  double tau;             /* >= 0: scale of the halving thresholds; smaller is greedier */
+  double delta;           /* in (0, 1): failure probability of the halving */
+  double level_fraction;  /* c in (0, 1): budget schedule, population of a level over that of the level above */
+  int64_t level_floor; /* budget schedule: a level is halved at this many entries or more; EXPRESS_AUTO: max(2, min(64,
+                          B'/16)) */
+  int64_t max_levels;  /* budget schedule: levels alive at once, >= 2; EXPRESS_AUTO: max(2, min(B'/4, B'/(2 floor))) */
+  uint64_t seed;       /* of all random choices */
+
+  /* Running. */
+  int32_t prefill_block; /* queries of one block share the cache of its start; blocks begin at absolute multiples */
+  int32_t auto_compress; /* 0: an append that needs a halving is refused with WOULD_COMPRESS, and express_compress must
+                            make room */
+  int32_t validate;      /* 1: refuse NaN and infinity in every input tensor */
+  int32_t threads;       /* threads to compute on, >= 1; EXPRESS_AUTO: one per hardware thread */
+  express_parallel_for parallel_for; /* NULL: oneTBB; then threads says how many workers it has */
+  void *parallel_for_context;
+} express_config;
+
+#define EXPRESS_CONFIG_INIT                                                                                            \
+  {                                                                                                                    \
+    (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0,   \
+        EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,     \
+        EXPRESS_HALVING_KERNEL, 0.5, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0, EXPRESS_AUTO, NULL, \
+        NULL                                                                                                           \
+  }
+
+/* The same as a function, for languages without the macro: fills the first struct_size bytes of *config with the
+ * defaults. Refuses a struct_size that no version of the library had. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_config_init(express_config *config, uint32_t struct_size);
+
+/* --------------------------------------------------------------------------------------------- creation and its size
+ * ---- */
+
+typedef struct express_cache express_cache;
+
+/* What express_create(config) would take, without taking it: bytes in all, and the mean entries per KV head. Either
+ * output may be NULL. A cache never takes more later, however long the sequence. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_size(const express_config *config, int64_t *bytes,
+                                                         int64_t *mean_entries);
+
+/* Creates an empty cache; *cache is NULL after a failure. The config and the arrays it points to are copied. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_create(const express_config *config, express_cache **cache);
+
+/* Frees the cache and sets *cache to NULL. NULL and a pointer to NULL are fine. */
+EXPRESS_API void express_destroy(express_cache **cache);
+
+/* Forgets all tokens, keeps the memory; the cache is as new, and mended if it was broken. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_reset(express_cache *cache);
+
+/* ------------------------------------------------------------------------------------------------- streaming: decode
+ * ---- */
+
+/* Ingests n tokens into one layer.
+ *   k: (n, kv_heads, key_dim)     v: (n, kv_heads, value_dim)      F32, F16 or BF16, converted to the cache's dtype; n
+ * may be 0 Amortised work per token O(B log B); a single token may pay for a halving of up to 0.4 B entries. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_append(express_cache *cache, int32_t layer, const express_tensor *k,
+                                                           const express_tensor *v);
+
+/* The same for all layers at once; fails as a whole.   k: (layers, n, kv_heads, key_dim)   v: (layers, n, kv_heads,
+ * value_dim) */
+EXPRESS_API EXPRESS_MUST_USE express_status express_append_all(express_cache *cache, const express_tensor *k,
+                                                               const express_tensor *v);
+
+/* Attention of n queries over everything the layer holds (no causal mask among them). Read-only and safe to run
+ * concurrently. q: (n, query_heads, key_dim)   out: (n, query_heads, value_dim)   lse: (n, query_heads) F32, or NULL q
+ * and out: F32, F16 or BF16. Query head h uses KV head h / (query_heads / kv_heads). Over an empty layer out = 0, lse =
+ * -inf. lse includes the tempered weights, so that results over disjoint sets of tokens merge by their lse. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_attend(const express_cache *cache, int32_t layer,
+                                                           const express_tensor *q, const express_tensor *out,
+                                                           const express_tensor *lse);
+
+/* -------------------------------------------------------------------------------------------------- streaming: prefill
+ * ---- */
+
+/* Scratch for prefill on devices that need it. */
+typedef struct express_workspace {
+  void *data;
+  size_t bytes;
+} express_workspace;
+
+/* How many bytes of workspace express_prefill of n tokens needs; 0 on the CPU. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_workspace_size(const express_cache *cache, int64_t n,
+                                                                   size_t *bytes);
+
+/* Causal attention of n new tokens over the layer's cache and themselves, and their append, in one call.
+ *   q: (n, query_heads, key_dim)   k, v as in express_append   out: (n, query_heads, value_dim)   lse: (n, query_heads)
+ * or NULL Tokens are taken in blocks that begin at absolute multiples of config.prefill_block: a query attends to what
+ * the layer held when its block (or this call) began, and exactly to the tokens of its block up to its own. A prompt
+ * given in chunks that end at multiples of prefill_block gives the results of the prompt given whole. workspace may be
+ * NULL when none is needed. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_prefill(express_cache *cache, int32_t layer,
+                                                            const express_tensor *q, const express_tensor *k,
+                                                            const express_tensor *v, const express_tensor *out,
+                                                            const express_tensor *lse,
+                                                            const express_workspace *workspace);
+
+/* ------------------------------------------------------------------------------- compression ahead of need, rollback
+ * ---- */
+
+/* Halves now, off the critical path, until every KV head of the layer (EXPRESS_AUTO: of every layer) can take at least
+ * `tokens` more tokens without a halving, as far as its budget allows. What a head gives is stated by its plan:
+ * *achieved (may be NULL) receives the smallest number of tokens that any of them now takes without one. With the
+ * schedule of rounds a halving is due at fixed counts and cannot be done ahead: there the call changes nothing and
+ * reports what is so. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_compress(express_cache *cache, int32_t layer, int64_t tokens,
+                                                             int64_t *achieved);
+
+/* Drops the last `tokens` tokens of every layer. At most express_rollback_available can be dropped. No halving,
+ * admission or draw is undone: what had left the window stays compressed. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_rollback(express_cache *cache, int64_t tokens);
+EXPRESS_API EXPRESS_MUST_USE express_status express_rollback_available(const express_cache *cache, int64_t *tokens);
+
+/* --------------------------------------------------------------------------------------- taking the weighted cache out
+ * ---- */
+
+/* The number of entries that a KV head holds now. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_entries(const express_cache *cache, int32_t layer, int32_t kv_head,
+                                                            int64_t *count);
+
+/* Copies the weighted cache of one KV head out, in no particular order.
+ *   k: (capacity, key_dim)   v: (capacity, value_dim)   F32, F16 or BF16   log_weight: (capacity) F32, or NULL
+ *   position: (capacity) I64, or NULL: the index in the stream of the token that the entry was
+ * The capacities must be equal and at least express_entries. *count receives the number of entries; rows beyond are
+ * left alone. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_export(const express_cache *cache, int32_t layer, int32_t kv_head,
+                                                           const express_tensor *k, const express_tensor *v,
+                                                           const express_tensor *log_weight,
+                                                           const express_tensor *position, int64_t *count);
+
+/* ----------------------------------------------------------------------------------------------- one-shot compression
+ * ---- */
+
+/* Compresses a given cache of n tokens into a weighted one, with the config's schedule, sinks, window and protection
+ * (one layer: config.layers must be 1; config.budget is the number of entries to keep, unit ENTRIES, the same for every
+ * head). k: (n, kv_heads, key_dim)   v: (n, kv_heads, value_dim) out_k: (kv_heads, capacity, key_dim)   out_v:
+ * (kv_heads, capacity, value_dim)   log_weight: (kv_heads, capacity) F32 position: (kv_heads, capacity) I64, or NULL.
+ * capacity >= config.budget.   *count: entries per KV head. workspace: at least express_compress_kv_workspace(config)
+ * bytes, aligned to 64. Nothing else is allocated. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_compress_kv_workspace(const express_config *config, size_t *bytes);
+EXPRESS_API EXPRESS_MUST_USE express_status express_compress_kv(const express_config *config, const express_tensor *k,
+                                                                const express_tensor *v, const express_tensor *out_k,
+                                                                const express_tensor *out_v,
+                                                                const express_tensor *log_weight,
+                                                                const express_tensor *position, int64_t *count,
+                                                                const express_workspace *workspace);
+
+/* -------------------------------------------------------------------------------------------------------------- stats
+ * ---- */
+
+/* struct_size first, as in express_config; only struct_size bytes are written. */
+typedef struct express_stats {
+  uint32_t struct_size;
+  uint32_t reserved;
+  int64_t tokens;         /* tokens seen, less those rolled back; of all layers: the smallest */
+  int64_t entries;        /* entries held now, over the KV heads of the layer(s) */
+  int64_t entries_peak;   /* the most that were ever held after a call */
+  int64_t entries_budget; /* the most that can ever be held */
+  int64_t min_weight;     /* smallest and largest weight among the entries; 0 when there are none */
+  int64_t max_weight;
+  int64_t halvings;        /* since creation or reset, counted once per plan (KV heads of one setting share it) */
+  int64_t bytes;           /* of the whole cache, now */
+  int64_t bytes_peak;      /* of the whole cache, at most, a prefill workspace of the caller included */
+  double compress_seconds; /* time in halvings and admissions, summed over threads */
+} express_stats;
+
+#define EXPRESS_STATS_INIT \
+  { (uint32_t)sizeof(express_stats), 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0 }
+
+/* Numbers of one layer, or of all (layer EXPRESS_AUTO). */
+EXPRESS_API EXPRESS_MUST_USE express_status express_get_stats(const express_cache *cache, int32_t layer,
+                                                              express_stats *stats);
+
+/* Bytes the cache has allocated: constant from creation to destruction, and equal to what express_size said. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_bytes(const express_cache *cache, int64_t *bytes);
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* EXPRESS_H_ */

@@ -1,0 +1,36 @@
+// Enumerations of the public interface. The numbers are those of the C ABI (capi/express.h).
+#ifndef EXPRESS_TYPES_H_
+#define EXPRESS_TYPES_H_
+
+#include <cstdint>
+
+#if defined(__GNUC__) || defined(__clang__)
+#define EXPRESS_EXPORT __attribute__((visibility("default")))
+#else
+#define EXPRESS_EXPORT
+#endif
+
+namespace express {
+
+enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kI64 = 16 };  // kI64: positions only
+
+enum class DeviceType : int32_t { kCpu = 1, kCuda = 2 };  // numbered as in DLPack
+
+enum class Schedule : int32_t {
+  kBudget = 0,  // halve one level when no slot is free
+  kRounds = 1,  // the paper's rounds of four
+};
+
+enum class Halving : int32_t {
+  kKernel = 0,
+  kCoin = 1,  // uniform sampling, the baseline
+};
+
+enum class BudgetUnit : int32_t { kEntries = 0, kBytes = 1 };
+
+// Bytes of one element.
+constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kI64 ? 8 : 2; }
+
+}  // namespace express
+
+#endif  // EXPRESS_TYPES_H_

@@ -1,0 +1,101 @@
+#include "src/plan/budget_schedule.h"
+
+#include <algorithm>
+
+namespace express::plan {
+
+BudgetSchedule::BudgetSchedule(const Setting& setting)
+    : slots_(setting.coreset()),
+      fraction_(setting.level_fraction),
+      floor_(setting.level_floor),
+      max_levels_(setting.max_levels),
+      max_list_(std::max<int64_t>(floor_, static_cast<int64_t>(static_cast<double>(slots_) * (1 - fraction_))) / 2 *
+                2) {}
+
+void BudgetSchedule::Reset() {
+  levels_.fill(Fifo());
+  reservoir_.Reset();
+  bottom_ = 0;
+  population_ = 0;
+}
+
+int BudgetSchedule::Top() const {
+  int top = bottom_;
+  for (int h = bottom_; h < kLevels; ++h)
+    if (levels_[static_cast<size_t>(h)].count > 0) top = h;
+  return top;
+}
+
+// cap_h = max(floor, B' (1 - c) c^(H - h))
+double BudgetSchedule::Capacity(int level, int top) const {
+  double capacity = static_cast<double>(slots_) * (1 - fraction_);
+  for (int h = level; h < top; ++h) capacity *= fraction_;
+  return std::max(static_cast<double>(floor_), capacity);
+}
+
+// The lowest level whose population has reached its capacity, else the most populous one.
+int BudgetSchedule::ChooseLevel(int top) const {
+  int fullest = bottom_;
+  for (int h = bottom_; h <= top; ++h) {
+    const int64_t count = level_count(h);
+    if (static_cast<double>(count) >= Capacity(h, top)) return h;
+    if (count > level_count(fullest)) fullest = h;
+  }
+  return fullest;
+}
+
+void BudgetSchedule::HalveOne(Pool& pool, Operations& out) {
+  const int top = Top();
+  const int level = ChooseLevel(top);
+  Fifo& from = levels_[static_cast<size_t>(level)];
+  const int64_t count = std::min(from.count, static_cast<int64_t>(Capacity(level, top))) / 2 * 2;
+  pool.Halve(from, count, levels_[static_cast<size_t>(level) + 1], out);
+  population_ -= count / 2;
+  if (Top() - bottom_ + 1 > max_levels_) RetireBottom(pool, out);
+}
+
+// The bottom level moves up; an odd entry joins the reservoir. Lists are cut at max_list_, so that scratch is bounded
+// by it.
+void BudgetSchedule::RetireBottom(Pool& pool, Operations& out) {
+  Fifo& from = levels_[static_cast<size_t>(bottom_)];
+  while (from.count >= 2) {
+    const int64_t count = std::min(from.count, max_list_) / 2 * 2;
+    pool.Halve(from, count, levels_[static_cast<size_t>(bottom_) + 1], out);
+    population_ -= count / 2;
+  }
+  if (from.count == 1) {
+    reservoir_.Absorb(pool, pool.Pop(from), int64_t{1} << bottom_, out);
+    --population_;
+  }
+  ++bottom_;
+}
+
+void BudgetSchedule::Insert(Pool& pool, Slot slot, Operations& out) {
+  Slot hand = slot;
+  int64_t weight = 1;
+  while (true) {
+    if (weight < int64_t{1} << bottom_) {  // below the bottom level: through the reservoir
+      reservoir_.Absorb(pool, hand, weight, out);
+      weight = reservoir_.weight();
+      if (weight < int64_t{1} << bottom_) return;
+      hand = reservoir_.Take();
+    }
+    if (population_ < slots_) break;
+    HalveOne(pool, out);  // may retire the level that the entry in hand belongs to
+  }
+  pool.Push(levels_[static_cast<size_t>(bottom_)], hand);
+  ++population_;
+}
+
+bool BudgetSchedule::HalveAhead(Pool& pool, Operations& out) {
+  if (population_ <= slots_ / 2) return false;
+  HalveOne(pool, out);
+  return true;
+}
+
+// The reservoir holds W; k more tokens complete it floor((W + k) / 2^h0) times, each time taking a slot.
+int64_t BudgetSchedule::RoomBeforeHalving() const {
+  return ((slots_ - population_ + 1) << bottom_) - reservoir_.weight() - 1;
+}
+
+}  // namespace express::plan

@@ -1,0 +1,57 @@
+// The budget schedule (DESIGN 3.5): levels of entries of weight 2^h; when no slot is free, one level is halved into the
+// next.
+#ifndef EXPRESS_SRC_PLAN_BUDGET_SCHEDULE_H_
+#define EXPRESS_SRC_PLAN_BUDGET_SCHEDULE_H_
+
+#include <array>
+#include <cstdint>
+
+#include "src/plan/pool.h"
+#include "src/plan/setting.h"
+
+namespace express::plan {
+
+class BudgetSchedule {
+ public:
+  explicit BudgetSchedule(const Setting& setting);
+
+  void Reset();
+  // The entry in `slot`, of weight 1, enters.
+  void Insert(Pool& pool, Slot slot, Operations& out);
+  // One halving ahead of need. False if too little could be gained: half of the slots are free already.
+  bool HalveAhead(Pool& pool, Operations& out);
+  // How many entries can enter before the next halving.
+  int64_t RoomBeforeHalving() const;
+
+  // The largest list that is ever halved, and bounds on what one Insert or HalveAhead can emit.
+  int64_t MaxList() const { return max_list_; }
+  int64_t MaxOps() const { return 8 + slots_ / max_list_; }
+  int64_t MaxSlots() const { return slots_ + max_list_ + 8; }
+
+  int64_t population() const { return population_; }
+  int bottom() const { return bottom_; }
+  int64_t level_count(int level) const { return levels_[static_cast<size_t>(level)].count; }
+
+ private:
+  static constexpr int kLevels = 64;  // weights are 64-bit
+
+  int Top() const;
+  double Capacity(int level, int top) const;
+  int ChooseLevel(int top) const;
+  void HalveOne(Pool& pool, Operations& out);
+  void RetireBottom(Pool& pool, Operations& out);
+
+  int64_t slots_;  // B'
+  double fraction_;
+  int64_t floor_;
+  int64_t max_levels_;
+  int64_t max_list_;
+  std::array<Fifo, kLevels> levels_;
+  Reservoir reservoir_;
+  int bottom_ = 0;  // h0: the lowest level alive
+  int64_t population_ = 0;
+};
+
+}  // namespace express::plan
+
+#endif  // EXPRESS_SRC_PLAN_BUDGET_SCHEDULE_H_

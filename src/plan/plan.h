@@ -1,0 +1,74 @@
+// The plan of one (layer, setting): a state machine from counts of tokens to operations on slots (DESIGN 4).
+//
+// It never sees a key or a value, so all KV heads of the setting share it. How a stream is cut into appends never
+// changes the operations. Invariants after every operation: the weights sum to the number of tokens, at most `budget`
+// slots are live, sinks, window and protected entries weigh 1.
+#ifndef EXPRESS_SRC_PLAN_PLAN_H_
+#define EXPRESS_SRC_PLAN_PLAN_H_
+
+#include <cstdint>
+#include <variant>
+
+#include "src/core/arena.h"
+#include "src/plan/budget_schedule.h"
+#include "src/plan/operations.h"
+#include "src/plan/pool.h"
+#include "src/plan/rounds_schedule.h"
+#include "src/plan/setting.h"
+
+namespace express::plan {
+
+class Plan {
+ public:
+  // `setting` has passed Check. Over a counting arena only the sizes below may be asked for.
+  Plan(const Setting& setting, Arena& arena);
+
+  void Reset();
+
+  // Plans up to `tokens` tokens, as many as fit into what room `out` has left, and returns how many. At least one fits
+  // if out has MaxOps and MaxSlots.
+  int64_t Append(int64_t tokens, Operations& out);
+
+  // How many tokens can be appended before the next halving.
+  int64_t RoomBeforeHalving() const;
+  // Plans one halving ahead of need, so that RoomBeforeHalving grows. False if nothing is to be gained. Needs MaxOps
+  // and MaxSlots.
+  bool HalveAhead(Operations& out);
+
+  // How many of the last tokens can be taken back, and their removal (needs room for as many slots).
+  int64_t RollbackAvailable() const;
+  void Rollback(int64_t tokens, Operations& out);
+
+  // Bounds on what one token or one HalveAhead emits, and on the length of a halved list.
+  int64_t MaxOps() const;
+  int64_t MaxSlots() const;
+  int64_t MaxList() const;
+
+  const Setting& setting() const { return setting_; }
+  int64_t tokens() const { return tokens_; }
+  int64_t departures() const { return departures_; }  // tokens that have left the exact tail
+  int64_t live() const { return pool_.live(); }
+  int64_t halvings() const { return pool_.halvings(); }
+  const int64_t* weights() const { return pool_.weights(); }  // (budget), 0 = free
+
+  const BudgetSchedule* budget_schedule() const { return std::get_if<BudgetSchedule>(&schedule_); }
+
+ private:
+  void Depart(Operations& out);
+  void Write(Slot slot, Operations& out);
+
+  Setting setting_;
+  Pool pool_;
+  Slot* sinks_;  // (sinks): for rollback
+  Slot* tail_;   // (tail): ring of the exact tail
+  int64_t sink_count_ = 0;
+  int64_t tail_begin_ = 0, tail_count_ = 0;
+  int64_t protected_count_ = 0;
+  int64_t tokens_ = 0;
+  int64_t departures_ = 0;
+  std::variant<BudgetSchedule, RoundsSchedule> schedule_;
+};
+
+}  // namespace express::plan
+
+#endif  // EXPRESS_SRC_PLAN_PLAN_H_

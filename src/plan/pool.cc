@@ -1,0 +1,42 @@
+#include "src/plan/pool.h"
+
+namespace express::plan {
+
+void Pool::Reset() {
+  for (int64_t i = 0; i < capacity_; ++i) {
+    weight_[i] = 0;
+    next_[i] = static_cast<Slot>(i + 1 < capacity_ ? i + 1 : kNoSlot);
+  }
+  free_ = 0;
+  live_ = 0;
+  halvings_ = 0;
+}
+
+void Pool::Halve(Fifo& from, int64_t count, Fifo& to, Operations& out) {
+  const int64_t weight = 2 * weight_[from.head];
+  out.Begin(OpKind::kHalve, halvings_++, weight);
+  for (int64_t i = 0; i < count; i += 2) {
+    const Slot kept = Pop(from);
+    const Slot freed = Pop(from);
+    out.AddSlot(kept);
+    out.AddSlot(freed);
+    weight_[kept] = weight;
+    Push(to, kept);
+    Release(freed);
+  }
+}
+
+void Reservoir::Absorb(Pool& pool, Slot slot, int64_t weight, Operations& out) {
+  weight_ += weight;
+  if (slot_ == kNoSlot) {
+    slot_ = slot;
+    return;
+  }
+  out.Begin(OpKind::kSample, samples_++, weight, weight_);
+  out.AddSlot(slot_);
+  out.AddSlot(slot);
+  pool.SetWeight(slot_, weight_);
+  pool.Release(slot);
+}
+
+}  // namespace express::plan

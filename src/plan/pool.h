@@ -1,0 +1,97 @@
+// Slots, their weights, and first-in first-out lists of them.
+#ifndef EXPRESS_SRC_PLAN_POOL_H_
+#define EXPRESS_SRC_PLAN_POOL_H_
+
+#include <cstdint>
+
+#include "src/plan/operations.h"
+
+namespace express::plan {
+
+// Slots in the order in which their entries came; linked through Pool::next.
+struct Fifo {
+  Slot head = kNoSlot;
+  Slot tail = kNoSlot;
+  int64_t count = 0;
+};
+
+// All slots of one plan. weight 0 = free.
+class Pool {
+ public:
+  Pool(Arena& arena, int64_t capacity)
+      : weight_(arena.Take<int64_t>(capacity)), next_(arena.Take<Slot>(capacity)), capacity_(capacity) {}
+
+  void Reset();
+
+  // A free slot, now of weight 1. There is one: the budgets of the parts add up to the capacity.
+  Slot Allocate() {
+    const Slot slot = free_;
+    free_ = next_[slot];
+    weight_[slot] = 1;
+    ++live_;
+    return slot;
+  }
+  void Release(Slot slot) {
+    weight_[slot] = 0;
+    next_[slot] = free_;
+    free_ = slot;
+    --live_;
+  }
+
+  void Push(Fifo& list, Slot slot) {
+    next_[slot] = kNoSlot;
+    (list.tail == kNoSlot ? list.head : next_[list.tail]) = slot;
+    list.tail = slot;
+    ++list.count;
+  }
+  Slot Pop(Fifo& list) {
+    const Slot slot = list.head;
+    list.head = next_[slot];
+    if (list.head == kNoSlot) list.tail = kNoSlot;
+    --list.count;
+    return slot;
+  }
+
+  // Halves the oldest `count` entries (even) of `from`, all of one weight, into `to`.
+  void Halve(Fifo& from, int64_t count, Fifo& to, Operations& out);
+
+  void SetWeight(Slot slot, int64_t weight) { weight_[slot] = weight; }
+  const int64_t* weights() const { return weight_; }
+  int64_t capacity() const { return capacity_; }
+  int64_t live() const { return live_; }
+  int64_t halvings() const { return halvings_; }
+
+ private:
+  int64_t* weight_;  // (capacity)
+  Slot* next_;       // (capacity): free list and Fifos
+  int64_t capacity_;
+  Slot free_ = kNoSlot;
+  int64_t live_ = 0;
+  int64_t halvings_ = 0;
+};
+
+// The open reservoir: one entry that stands for all the weight it has taken in since it was last emptied (DESIGN 3.3).
+class Reservoir {
+ public:
+  // Takes the entry in `slot` of weight `weight` as a candidate.
+  void Absorb(Pool& pool, Slot slot, int64_t weight, Operations& out);
+  // Gives the entry up, with all its weight.
+  Slot Take() {
+    const Slot slot = slot_;
+    slot_ = kNoSlot;
+    weight_ = 0;
+    return slot;
+  }
+  int64_t weight() const { return weight_; }  // 0: empty
+  Slot slot() const { return slot_; }
+  void Reset() { *this = Reservoir(); }
+
+ private:
+  Slot slot_ = kNoSlot;
+  int64_t weight_ = 0;
+  int64_t samples_ = 0;
+};
+
+}  // namespace express::plan
+
+#endif  // EXPRESS_SRC_PLAN_POOL_H_
