@@ -1,0 +1,101 @@
+#!/usr/bin/env bash
+# Installs the library and uses it as a stranger would. One step per CTest test:
+#   package_test.sh STEP SOURCE_DIR BUILD_DIR CC CXX
+set -euo pipefail
+step=$1 source=$2 build=$3 cc=$4 cxx=$5
+
+work=$build/tests/package/work
+prefix=$work/prefix # where `install` leaves the shared library
+flags=(-Wall -Wextra -Werror -pedantic)
+
+fail() {
+  echo "$*" >&2
+  exit 1
+}
+
+# libdir PREFIX: its library directory, whatever it is called on this system
+libdir() { dirname "$(dirname "$(find "$1" -name express.pc)")"; }
+
+# Only what was installed below PREFIX may be found, and the system's own packages.
+use_prefix() {
+  PKG_CONFIG_PATH=$(libdir "$1")/pkgconfig
+  LD_LIBRARY_PATH=$(libdir "$1")
+  export PKG_CONFIG_PATH LD_LIBRARY_PATH
+}
+
+case $step in
+  install)
+    # Installed to one place and moved to another: neither express.pc nor the CMake package may remember the first.
+    rm -rf "$work"
+    mkdir -p "$work"
+    cmake --install "$build" --prefix "$work/first" >/dev/null
+    mv "$work/first" "$prefix"
+    if grep -rIl -e "$work/first" -e "$source" "$prefix"; then fail "the files above name the build's own directories"; fi
+    cmp "$source/capi/express.h" "$prefix/include/express.h"
+    [[ -e $(libdir "$prefix")/libexpress.so.1 ]] || fail "libexpress.so.1 was not installed"
+    readelf -d "$(libdir "$prefix")/libexpress.so" | grep -q 'SONAME.*\[libexpress\.so\.1\]' || fail "wrong SONAME"
+    ;;
+  headers) # every installed header stands alone
+    headers=("$prefix"/include/express.h "$prefix"/include/express/*.h)
+    for header in "${headers[@]}"; do
+      "$cxx" -std=c++20 "${flags[@]}" -I"$prefix/include" -x c++ -fsyntax-only -include "$header" /dev/null
+    done
+    "$cc" -std=c99 "${flags[@]}" -I"$prefix/include" -x c -fsyntax-only -include "$prefix/include/express.h" /dev/null
+    echo "${#headers[@]} headers stand alone"
+    ;;
+  pkgconfig)
+    use_prefix "$prefix"
+    [[ $(pkg-config --modversion express) == 1.* ]]
+    # shellcheck disable=SC2046 # the flags are words
+    "$cc" -std=c99 "${flags[@]}" "$source/examples/c/decode_loop.c" $(pkg-config --cflags --libs express) -lm \
+      -o "$work/decode_loop_c"
+    "$work/decode_loop_c"
+    ;;
+  cmake)
+    cmake -S "$source/examples/cpp" -B "$work/cpp" -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_CXX_COMPILER="$cxx" \
+      -DCMAKE_BUILD_TYPE=Release -DCMAKE_FIND_USE_PACKAGE_REGISTRY=OFF -DCMAKE_CXX_FLAGS="${flags[*]}"
+    grep -q "^express_DIR:PATH=$prefix/" "$work/cpp/CMakeCache.txt" || fail "another installation was found"
+    cmake --build "$work/cpp"
+    "$work/cpp/decode_loop"
+    ;;
+  readme)
+    use_prefix "$prefix"
+    "$source/scripts/readme_snippet.sh" "$work/readme.c"
+    # shellcheck disable=SC2046
+    "$cc" -std=c99 "${flags[@]}" "$work/readme.c" $(pkg-config --cflags --libs express) -lm -o "$work/readme"
+    "$work/readme"
+    ;;
+  static)
+    # As a subproject of somebody else's build, static; installed from there, and linked through both package systems.
+    static=$work/static
+    mkdir -p "$static/project"
+    cat >"$static/project/CMakeLists.txt" <<PROJECT
+cmake_minimum_required(VERSION 3.25)
+project(embedder LANGUAGES CXX)
+set(BUILD_SHARED_LIBS OFF)
+add_subdirectory("$source" express)
+add_executable(decode_loop "$source/examples/cpp/decode_loop.cc")
+target_link_libraries(decode_loop PRIVATE express::express)
+PROJECT
+    # -O1: this is about linking, and the optimised build is tested elsewhere.
+    cmake -S "$static/project" -B "$static/build" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DCMAKE_CXX_FLAGS=-O1
+    cmake --build "$static/build"
+    "$static/build/decode_loop"
+    if [[ -n $(find "$static/build" -name '*_test*' -type f) ]]; then fail "a subproject must not build our tests"; fi
+
+    cmake --install "$static/build" --prefix "$static/prefix" >/dev/null
+    use_prefix "$static/prefix"
+    [[ -z $(find "$static/prefix" -name '*.so*') ]] || fail "a shared library in the static installation"
+    # shellcheck disable=SC2046
+    "$cc" -std=c99 "${flags[@]}" "$source/examples/c/decode_loop.c" $(pkg-config --static --cflags --libs express) -lm \
+      -o "$static/decode_loop_c"
+    if ldd "$static/decode_loop_c" | grep -q libexpress; then fail "linked dynamically"; fi
+    "$static/decode_loop_c"
+
+    cmake -S "$source/examples/cpp" -B "$static/cpp" -G Ninja -DCMAKE_PREFIX_PATH="$static/prefix" \
+      -DCMAKE_CXX_COMPILER="$cxx" -DCMAKE_BUILD_TYPE=Release
+    cmake --build "$static/cpp"
+    "$static/cpp/decode_loop"
+    ;;
+  *) fail "no step '$step'" ;;
+esac
