@@ -46,6 +46,16 @@ constexpr uint32_t DrawBits(const StreamKey& key, RandomPurpose purpose, uint64_
       key.key0, key.key1)[0];
 }
 
+// True with probability weight / total, to within 2^-64.
+inline bool DrawChance(const StreamKey& key, RandomPurpose purpose, uint64_t number, uint64_t weight, uint64_t total) {
+  const Philox bits = Philox4x32(
+      {0, static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32), static_cast<uint32_t>(purpose)}, key.key0,
+      key.key1);
+  __extension__ using Wide = unsigned __int128;
+  const uint64_t uniform = (uint64_t{bits[1]} << 32) | bits[0];
+  return static_cast<uint64_t>((Wide{uniform} * total) >> 64) < weight;
+}
+
 // Uniform on (0, 1) in steps of 2^-24, symmetric about 1/2, exact in float.
 constexpr float UniformFromBits(uint32_t bits) { return (static_cast<float>(bits >> 9) + 0.5f) * 0x1p-23f; }
 
