@@ -61,15 +61,17 @@ Status TakeStrides(const char* name, const Tensor& tensor, Array* array) {
 Status CheckTensor(const char* name, const Tensor& tensor, Types types, std::initializer_list<int64_t> shape,
                    Array* array) {
   const auto rank = static_cast<int32_t>(shape.size());
-  const std::string expected = ShapeText(shape.begin(), rank);
+  const auto expected = [&] {
+    return ShapeText(shape.begin(), rank);
+  };  // strings only on failure: success allocates nothing
   if (tensor.ndim != rank)
-    return Error(StatusCode::kShapeMismatch, name, ".ndim: expected ", rank, " for shape ", expected, ", got ",
+    return Error(StatusCode::kShapeMismatch, name, ".ndim: expected ", rank, " for shape ", expected(), ", got ",
                  tensor.ndim);
   if (tensor.shape == nullptr) return Error(StatusCode::kInvalidArgument, name, ".shape: expected a pointer, got NULL");
   for (int32_t i = 0; i < rank; ++i) {
     const int64_t want = shape.begin()[i];
     if (tensor.shape[i] < 0 || (want != kAnySize && tensor.shape[i] != want))
-      return Error(StatusCode::kShapeMismatch, name, ".shape: expected ", expected, ", got ",
+      return Error(StatusCode::kShapeMismatch, name, ".shape: expected ", expected(), ", got ",
                    ShapeText(tensor.shape, rank));
     array->shape[i] = tensor.shape[i];
   }

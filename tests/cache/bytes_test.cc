@@ -1,0 +1,149 @@
+// Bytes: what is reported is what is allocated, a budget in bytes is met exactly, and nothing is allocated after
+// creation.
+#include <gtest/gtest.h>
+#include <malloc.h>
+
+#include <atomic>
+#include <cstdlib>
+#include <new>
+
+#include "tests/cache/testing.h"
+
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define EXPRESS_COUNTS_ALLOCATIONS 0  // the sanitizer owns malloc
+#else
+#define EXPRESS_COUNTS_ALLOCATIONS 1
+namespace {
+std::atomic<int64_t> allocations{0};
+std::atomic<int64_t> allocated_bytes{0};
+}  // namespace
+extern "C" {
+void* __libc_malloc(size_t);
+void* __libc_memalign(size_t, size_t);
+void* __libc_calloc(size_t, size_t);
+void* __libc_realloc(void*, size_t);
+void* malloc(size_t bytes) {
+  ++allocations;
+  allocated_bytes += static_cast<int64_t>(bytes);
+  return __libc_malloc(bytes);
+}
+void* aligned_alloc(size_t alignment, size_t bytes) {
+  ++allocations;
+  allocated_bytes += static_cast<int64_t>(bytes);
+  return __libc_memalign(alignment, bytes);
+}
+void* calloc(size_t count, size_t bytes) {
+  ++allocations;
+  allocated_bytes += static_cast<int64_t>(count * bytes);
+  return __libc_calloc(count, bytes);
+}
+void* realloc(void* memory, size_t bytes) {
+  ++allocations;
+  return __libc_realloc(memory, bytes);
+}
+}
+#endif
+
+namespace express {
+namespace {
+
+Config Profile(Config c) {
+  static const std::vector<float> share = {1, 3, 0, 2};
+  c.head_share = share;
+  return c;
+}
+
+TEST(Bytes, ABudgetInBytesIsTheLargestThatFits) {
+  for (const bool profile : {false, true})
+    for (const DType dtype : {DType::kF32, DType::kBF16})
+      for (const int64_t bytes : {60'000, 100'000, 123'457, 1'000'000}) {
+        Config c = SmallConfig();
+        c.dtype = dtype;
+        if (profile) c = Profile(c);
+        c.budget_unit = BudgetUnit::kBytes;
+        c.budget = bytes;
+        int64_t solved = 0, mean = 0;
+        ASSERT_OK(ExpressCache::Size(c, &solved, &mean));
+        EXPECT_LE(solved, bytes);
+        // No larger one fits, and this one takes what was said.
+        c.budget_unit = BudgetUnit::kEntries;
+        for (int64_t more = 0; more < 200; ++more) {
+          c.budget = mean + more;
+          int64_t size = 0;
+          ASSERT_OK(ExpressCache::Size(c, &size, nullptr));
+          if (more == 0) {
+            EXPECT_EQ(size, solved);
+          } else {
+            EXPECT_GT(size, bytes) << mean << " + " << more;
+          }
+        }
+      }
+}
+
+TEST(Bytes, TooFewBytesAreRefusedWithTheSmallestNumberThatWorks) {
+  Config c = SmallConfig();
+  c.budget_unit = BudgetUnit::kBytes;
+  c.budget = 1000;
+  const Status status = ExpressCache::Size(c, nullptr, nullptr);
+  ASSERT_EQ(status.code(), StatusCode::kBudgetTooSmall);
+  c.budget = std::stoll(status.message().substr(status.message().find("at least ") + 9));
+  EXPECT_OK(ExpressCache::Size(c, nullptr, nullptr));
+  --c.budget;
+  EXPECT_EQ(ExpressCache::Size(c, nullptr, nullptr).code(), StatusCode::kBudgetTooSmall);
+}
+
+TEST(Bytes, BytesNeverChange) {
+  const Config c = SmallConfig();
+  int64_t said = 0, bytes = 0;
+  ASSERT_OK(ExpressCache::Size(c, &said, nullptr));
+  ExpressCache cache;
+  ASSERT_OK(ExpressCache::Create(c, &cache));
+  const Stream s(c, 2000);
+  for (int64_t n = 0; n < s.n; n += 100) {
+    ASSERT_OK(cache.Bytes(&bytes));
+    ASSERT_EQ(bytes, said);
+    ASSERT_OK(Append(cache, c, 0, s, n, n + 100));
+  }
+}
+
+#if EXPRESS_COUNTS_ALLOCATIONS
+TEST(Bytes, CreationAllocatesWhatIsReportedAndNothingIsAllocatedLater) {
+  for (const Schedule schedule : {Schedule::kBudget, Schedule::kRounds}) {
+    Config c = SmallConfig();
+    c.schedule = schedule;
+    c.budget = 500;
+    c.rollback_reserve = 4;
+    const Stream s(c, 3000);
+    int64_t said = 0;
+    ASSERT_OK(ExpressCache::Size(c, &said, nullptr));
+    const struct mallinfo2 before = mallinfo2();
+    ExpressCache cache;
+    ASSERT_OK(ExpressCache::Create(c, &cache));
+    const struct mallinfo2 after = mallinfo2();
+    const auto taken =
+        static_cast<int64_t>(after.uordblks + after.hblkhd) - static_cast<int64_t>(before.uordblks + before.hblkhd);
+    EXPECT_GE(taken, said);
+    EXPECT_LE(taken, said + 2 * 4096);  // the allocator's own page and header
+
+    Output out{std::vector<float>(static_cast<size_t>(s.n * c.query_heads * c.value_dim)), {}};
+    const int64_t shape_q[] = {s.n, c.query_heads, c.key_dim}, shape_o[] = {s.n, c.query_heads, c.value_dim};
+    const int64_t shape_k[] = {s.n, c.kv_heads, c.key_dim}, shape_v[] = {s.n, c.kv_heads, c.value_dim};
+    const auto tensor = [](const std::vector<float>& data, const int64_t* shape) {
+      return Tensor{const_cast<float*>(data.data()), DeviceType::kCpu, 0, DType::kF32, 3, shape, nullptr};
+    };
+    const Tensor q = tensor(s.q, shape_q), k = tensor(s.k, shape_k), v = tensor(s.v, shape_v),
+                 o = tensor(out.out, shape_o);
+    const auto work = [&] {
+      bool ok = cache.Prefill(0, q, k, v, o).ok() && cache.Append(1, k, v).ok() && cache.Attend(0, q, o).ok();
+      return ok && cache.Compress(kAllLayers, 3).ok() && cache.Rollback(2).ok() && cache.Reset().ok();
+    };
+    ASSERT_TRUE(work());  // the first time Highway looks at the processor
+    const int64_t count = allocations;
+    ASSERT_TRUE(work());
+    EXPECT_EQ(allocations - count, 0) << "shape messages included: CheckTensor must not build strings on success";
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace express
