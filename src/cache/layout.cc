@@ -155,7 +155,7 @@ Status SolveBytes(const Config& config, Resolved* resolved, int64_t* bytes) {
   const int64_t most = std::min<int64_t>(config.budget / heads / entry + 1, int64_t{1} << 29);
   Status status;
   // Below the smallest legal budget nothing resolves: find it first.
-  int64_t low = 1, high = most;
+  int64_t low = 1, high = int64_t{1} << 29;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
     Resolved candidate;
@@ -173,7 +173,7 @@ Status SolveBytes(const Config& config, Resolved* resolved, int64_t* bytes) {
     return Error(StatusCode::kBudgetTooSmall, "config.budget: ", config.budget,
                  " bytes do not hold the smallest legal cache");
   }
-  high = most;
+  high = std::max(low, most);
   while (low < high) {
     const int64_t middle = low + (high - low + 1) / 2;
     if (fits(middle, &status))

@@ -1,15 +1,18 @@
 #include "src/cache/parallel.h"
 
+#include <tbb/info.h>
 #include <tbb/parallel_for.h>
 #include <tbb/partitioner.h>
 
+#include <algorithm>
 #include <atomic>
 
 namespace express::cache {
 
 Threads::Threads(int32_t count, ParallelFor parallel_for, void* context)
     : count_(count), parallel_for_(parallel_for), context_(context) {
-  if (parallel_for == nullptr && count > 1) arena_.emplace(count);
+  // More than the machine has would make oneTBB print a warning.
+  if (parallel_for == nullptr && count > 1) arena_.emplace(std::min(count, tbb::info::default_concurrency()));
 }
 
 bool Threads::RunErased(int64_t count, Erased call, const void* body) const {

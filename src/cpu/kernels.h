@@ -1,8 +1,8 @@
 // The CPU kernels: what the cache calls to execute a plan's operations and to attend.
 //
-// Raw pointers and counts only: nothing here knows a plan, a cache or a status. Callers have checked every argument. Kernels
-// allocate nothing; scratch is handed in. Storage is f32, f16 or bf16, arithmetic is f32. SIMD targets are chosen at run time
-// (Highway); the scalar references of reference.h say what each function computes.
+// Raw pointers and counts only: nothing here knows a plan, a cache or a status. Callers have checked every argument.
+// Kernels allocate nothing; scratch is handed in. Storage is f32, f16 or bf16, arithmetic is f32. SIMD targets are
+// chosen at run time (Highway); the scalar references of reference.h say what each function computes.
 #ifndef EXPRESS_SRC_CPU_KERNELS_H_
 #define EXPRESS_SRC_CPU_KERNELS_H_
 
@@ -40,7 +40,8 @@ struct Rows {
 // ---- entries (entries.cc) ----
 
 // Stores rows [0, count) of key and value into slots[i], with positions first_position + i.
-void WriteEntries(const Slab& slab, const int32_t* slots, int64_t count, int64_t first_position, ConstRows key, ConstRows value);
+void WriteEntries(const Slab& slab, const int32_t* slots, int64_t count, int64_t first_position, ConstRows key,
+                  ConstRows value);
 void CopyEntry(const Slab& slab, int32_t from, int32_t to);
 void SwapEntries(const Slab& slab, int32_t a, int32_t b);
 // Converts count elements; any pair of floating types.
@@ -52,21 +53,22 @@ bool AllFinite(const void* data, DType dtype, int64_t count);
 
 // The protected set of one head stream and the running mean it scores against. Arrays are the caller's.
 struct Protection {
-  float* mean;      // (key_dim): mu, the centre of the scores
-  double* sum;      // (key_dim): sum of the keys that have left the tail, in order of departure
-  float* score;     // (capacity): ||k - mu||^2 at departure, for good
-  int32_t* slot;    // (capacity)
-  int64_t capacity; // P
-  int64_t count;    // protected so far
-  int64_t weakest;  // index of the weakest when count == capacity: lowest score, among equals the youngest (largest position)
+  float* mean;       // (key_dim): mu, the centre of the scores
+  double* sum;       // (key_dim): sum of the keys that have left the tail, in order of departure
+  float* score;      // (capacity): ||k - mu||^2 at departure, for good
+  int32_t* slot;     // (capacity)
+  int64_t capacity;  // P
+  int64_t count;     // protected so far
+  int64_t weakest;   // index of the weakest when count == capacity: lowest score, among equals the youngest (largest
+                     // position)
 };
 
 // Sets the centre to the mean of the keys in slots[0, count): the exact tail at the first departure.
 void CentreOn(Protection& protection, const Slab& slab, const int32_t* slots, int64_t count);
-// The entry in `slot` leaves the tail as departure number `ordinal` (0-based). When ordinal is a power of two >= 64 the mean first
-// becomes sum / ordinal. The entry is scored and added to the sum. While the set is not full, the entry joins where it is (the plan knows
-// and leaves the slot alone from then on); afterwards, if its score is strictly larger than the weakest's, the two entries swap contents, so
-// that `slot` always ends up with the loser.
+// The entry in `slot` leaves the tail as departure number `ordinal` (0-based). When ordinal is a power of two >= 64 the
+// mean first becomes sum / ordinal. The entry is scored and added to the sum. While the set is not full, the entry
+// joins where it is (the plan knows and leaves the slot alone from then on); afterwards, if its score is strictly
+// larger than the weakest's, the two entries swap contents, so that `slot` always ends up with the loser.
 void Admit(Protection& protection, const Slab& slab, int32_t slot, uint64_t ordinal);
 
 // ---- halving (halve.cc) ----
@@ -81,9 +83,9 @@ struct HalveParams {
 
 // Bytes of scratch (64-byte aligned) for lists of up to `count` entries.
 size_t HalveScratchBytes(int64_t count, int32_t key_dim, int32_t value_dim);
-// Halves the entries in slots[0, count) (count even, oldest first; DESIGN 3.1): pair a is (slots[2a], slots[2a+1]). The survivor of
-// pair a ends up in slots[2a]; slots[2a+1] is free afterwards. Draws are those of RandomPurpose::kHalve, operation `number`, pair a, and
-// the complement's is of RandomPurpose::kComplement, pair 0.
+// Halves the entries in slots[0, count) (count even, oldest first; DESIGN 3.1): pair a is (slots[2a], slots[2a+1]). The
+// survivor of pair a ends up in slots[2a]; slots[2a+1] is free afterwards. Draws are those of RandomPurpose::kHalve,
+// operation `number`, pair a, and the complement's is of RandomPurpose::kComplement, pair 0.
 void Halve(const Slab& slab, const int32_t* slots, int64_t count, const HalveParams& params, const StreamKey& key,
            uint64_t number, void* scratch);
 
@@ -98,19 +100,22 @@ struct Partial {
   float* sum;  // (rows): sum_j exp(logit_j - max)
 };
 
-// Attention of q (rows, key_dim) f32, already multiplied by the softmax scale, over the live slots in [begin, end). log_weight: (capacity), -inf = free
-// slot, never read otherwise (its memory may be anything). logit = <q, k> + exponent * log_weight. rows <= kMaxQueryRows. Overwrites `partial`.
-// The slab is read once, whatever the number of rows.
-void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end, const float* q,
-                   int64_t rows, const Partial& partial);
+// Attention of q (rows, key_dim) f32, already multiplied by the softmax scale, over the live slots in [begin, end).
+// log_weight: (capacity), -inf = free slot, never read otherwise (its memory may be anything). logit = <q, k> +
+// exponent * log_weight. rows <= kMaxQueryRows. Overwrites `partial`. The slab is read once, whatever the number of
+// rows.
+void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end,
+                   const float* q, int64_t rows, const Partial& partial);
 // into = into merged with from.
 void MergePartial(const Partial& into, const Partial& from, int64_t rows, int32_t value_dim);
-// out row r = partial.out / partial.sum (0 when empty), lse[r * lse_stride] = max + log(sum) (-inf when empty; lse may be null).
+// out row r = partial.out / partial.sum (0 when empty), lse[r * lse_stride] = max + log(sum) (-inf when empty; lse may
+// be null).
 void FinishPartial(const Partial& partial, int64_t rows, int32_t value_dim, Rows out, float* lse, int64_t lse_stride);
 
-// Causal attention of one block of new tokens for one KV head: query (t, g), t < tokens, g < group, sees the live slots of the slab and
-// the block's own keys 0 .. t exactly. Query row (t, g) begins at element t * q_token_stride + g * q_head_stride, likewise out and lse
-// (lse may be null). Handles tokens [first, last) of the block only, so that callers can share out a block between threads.
+// Causal attention of one block of new tokens for one KV head: query (t, g), t < tokens, g < group, sees the live slots
+// of the slab and the block's own keys 0 .. t exactly. Query row (t, g) begins at element t * q_token_stride + g *
+// q_head_stride, likewise out and lse (lse may be null). Handles tokens [first, last) of the block only, so that
+// callers can share out a block between threads.
 struct BlockArgs {
   ConstRows key;    // (tokens, key_dim): the block's keys
   ConstRows value;  // (tokens, value_dim)
@@ -122,7 +127,7 @@ struct BlockArgs {
   DType out_dtype;
   float* lse;
   int64_t lse_token_stride, lse_head_stride;
-  int32_t group;   // query heads of the KV head
+  int32_t group;  // query heads of the KV head
   float scale;
   float exponent;
   int64_t first, last;
@@ -130,7 +135,8 @@ struct BlockArgs {
 size_t BlockScratchBytes(int32_t group, int32_t key_dim, int32_t value_dim);
 void AttendBlock(const Slab& slab, const float* log_weight, const BlockArgs& args, void* scratch);
 
-// Names of the SIMD targets compiled in and supported here, and a way for tests to force one (nullptr: back to the best).
+// Names of the SIMD targets compiled in and supported here, and a way for tests to force one (nullptr: back to the
+// best).
 int SimdTargetCount();
 const char* SimdTargetName(int i);
 void ForceSimdTarget(int i);  // -1: the best

@@ -1,7 +1,6 @@
 #include "src/plan/setting.h"
 
 #include <algorithm>
-#include <limits>
 
 namespace express::plan {
 
@@ -28,8 +27,7 @@ void DivideBudget(int64_t base, Setting* setting) {
 }
 
 SettingError Check(const Setting& setting) {
-  constexpr int64_t kMax =
-      std::numeric_limits<int32_t>::max() / 4;  // slots are 32-bit, and operation lists hold a few B
+  constexpr int64_t kMax = int64_t{1} << 29;  // slots are 32-bit
   if (setting.budget < 1 || setting.budget > kMax) return SettingError::kBudget;
   if (setting.sinks < 0 || setting.sinks > kMax) return SettingError::kSinks;
   if (setting.window < 0 || setting.window > kMax) return SettingError::kWindow;

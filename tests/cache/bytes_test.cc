@@ -56,7 +56,7 @@ Config Profile(Config c) {
 TEST(Bytes, ABudgetInBytesIsTheLargestThatFits) {
   for (const bool profile : {false, true})
     for (const DType dtype : {DType::kF32, DType::kBF16})
-      for (const int64_t bytes : {60'000, 100'000, 123'457, 1'000'000}) {
+      for (const int64_t bytes : {70'000, 100'000, 123'457, 1'000'000}) {
         Config c = SmallConfig();
         c.dtype = dtype;
         if (profile) c = Profile(c);

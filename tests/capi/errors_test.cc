@@ -42,10 +42,10 @@ class Errors : public ::testing::Test {
     int64_t count = 0;
     EXPECT_EQ(express_entries(cache, 0, 0, &count), EXPRESS_STATUS_OK);
     std::vector<float> held(static_cast<size_t>(count * (8 + 4 + 1)));
-    int64_t shape_k[] = {count, 8}, shape_v[] = {count, 4};
-    express_tensor hk = {held.data(), EXPRESS_DEVICE_CPU, 0, EXPRESS_DTYPE_F32, 2, shape_k, nullptr};
-    express_tensor hv = {held.data() + count * 8, EXPRESS_DEVICE_CPU, 0, EXPRESS_DTYPE_F32, 2, shape_v, nullptr};
-    express_tensor hw = {held.data() + count * 12, EXPRESS_DEVICE_CPU, 0, EXPRESS_DTYPE_F32, 1, shape_k, nullptr};
+    int64_t rows_k[] = {count, 8}, rows_v[] = {count, 4};
+    express_tensor hk = {held.data(), EXPRESS_DEVICE_CPU, 0, EXPRESS_DTYPE_F32, 2, rows_k, nullptr};
+    express_tensor hv = {held.data() + count * 8, EXPRESS_DEVICE_CPU, 0, EXPRESS_DTYPE_F32, 2, rows_v, nullptr};
+    express_tensor hw = {held.data() + count * 12, EXPRESS_DEVICE_CPU, 0, EXPRESS_DTYPE_F32, 1, rows_k, nullptr};
     EXPECT_EQ(express_export(cache, 0, 0, &hk, &hv, &hw, nullptr, &count), EXPRESS_STATUS_OK);
     return held;
   }

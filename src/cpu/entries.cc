@@ -1,0 +1,115 @@
+// Entries in and out of a slab: conversion of storage types, copies, swaps.
+#include "src/cpu/kernels.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "src/cpu/entries.cc"
+#include "hwy/foreach_target.h"
+#include "src/cpu/simd-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace express::cpu::HWY_NAMESPACE {
+
+template <class From, class To>
+void ConvertTyped(const From* HWY_RESTRICT from, To* HWY_RESTRICT to, int64_t count) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) StoreF32(LoadF32(d, from + i), d, to + i);
+  for (; i < count; ++i) FromFloat(ToFloat(from[i]), to + i);
+}
+
+void Convert(const void* from, DType from_type, void* to, DType to_type, int64_t count) {
+  WithType(from_type, [&](auto f) {
+    WithType(to_type, [&](auto t) {
+      ConvertTyped(static_cast<const decltype(f)*>(from), static_cast<decltype(t)*>(to), count);
+    });
+  });
+}
+
+// x - x is NaN exactly for NaN and infinity.
+template <class T>
+bool AllFiniteTyped(const T* data, int64_t count) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  auto bad = hn::Zero(d);
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    const auto v = LoadF32(d, data + i);
+    bad = hn::Add(bad, hn::Sub(v, v));
+  }
+  float rest = 0;
+  for (; i < count; ++i) rest += ToFloat(data[i]) - ToFloat(data[i]);
+  return hn::AllTrue(d, hn::Eq(bad, hn::Zero(d))) && rest == 0;
+}
+
+bool AllFinite(const void* data, DType dtype, int64_t count) {
+  return WithType(dtype, [&](auto t) { return AllFiniteTyped(static_cast<const decltype(t)*>(data), count); });
+}
+
+}  // namespace express::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+#include <algorithm>
+#include <cstring>
+
+namespace express::cpu {
+
+HWY_EXPORT(Convert);
+HWY_EXPORT(AllFinite);
+
+void Convert(const void* from, DType from_type, void* to, DType to_type, int64_t count) {
+  if (from_type == to_type) {
+    if (count > 0) std::memcpy(to, from, static_cast<size_t>(count * SizeOf(from_type)));
+    return;
+  }
+  HWY_DYNAMIC_DISPATCH(Convert)(from, from_type, to, to_type, count);
+}
+
+bool AllFinite(const void* data, DType dtype, int64_t count) {
+  return HWY_DYNAMIC_DISPATCH(AllFinite)(data, dtype, count);
+}
+
+namespace {
+
+char* Row(void* base, int64_t row, int64_t dim, DType dtype) {
+  return static_cast<char*>(base) + row * dim * SizeOf(dtype);
+}
+const char* Row(ConstRows rows, int64_t i) {
+  return static_cast<const char*>(rows.data) + i * rows.stride * SizeOf(rows.dtype);
+}
+
+}  // namespace
+
+void WriteEntries(const Slab& slab, const int32_t* slots, int64_t count, int64_t first_position, ConstRows key,
+                  ConstRows value) {
+  for (int64_t i = 0; i < count; ++i) {
+    Convert(Row(key, i), key.dtype, Row(slab.key, slots[i], slab.key_dim, slab.dtype), slab.dtype, slab.key_dim);
+    Convert(Row(value, i), value.dtype, Row(slab.value, slots[i], slab.value_dim, slab.dtype), slab.dtype,
+            slab.value_dim);
+    slab.position[slots[i]] = first_position + i;
+  }
+}
+
+void CopyEntry(const Slab& slab, int32_t from, int32_t to) {
+  const auto copy = [&](void* base, int64_t dim) {
+    std::memcpy(Row(base, to, dim, slab.dtype), Row(base, from, dim, slab.dtype),
+                static_cast<size_t>(dim * SizeOf(slab.dtype)));
+  };
+  copy(slab.key, slab.key_dim);
+  copy(slab.value, slab.value_dim);
+  slab.position[to] = slab.position[from];
+}
+
+void SwapEntries(const Slab& slab, int32_t a, int32_t b) {
+  const auto swap = [&](void* base, int64_t dim) {
+    char* row = Row(base, a, dim, slab.dtype);
+    std::swap_ranges(row, row + dim * SizeOf(slab.dtype), Row(base, b, dim, slab.dtype));
+  };
+  swap(slab.key, slab.key_dim);
+  swap(slab.value, slab.value_dim);
+  std::swap(slab.position[a], slab.position[b]);
+}
+
+}  // namespace express::cpu
+#endif  // HWY_ONCE

@@ -1,0 +1,294 @@
+// Causal attention of a block of new tokens: first the weighted cache, then the block's own keys under the causal mask,
+// in one online softmax.
+//
+// Bounded by arithmetic: tiles of kTile keys and values are unpacked once (keys transposed) and met by kQueries query
+// rows at a time.
+#include "src/cpu/kernels.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "src/cpu/prefill.cc"
+#include "hwy/foreach_target.h"
+#include "src/cpu/simd-inl.h"
+
+#ifndef EXPRESS_SRC_CPU_PREFILL_SHARED_
+#define EXPRESS_SRC_CPU_PREFILL_SHARED_
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+namespace express::cpu {
+
+inline constexpr int64_t kKeys = 64;      // of a tile
+inline constexpr int64_t kQueries = 192;  // query rows at a time; a multiple of kStrip
+inline constexpr int64_t kStrip = 6;      // query rows whose sums are in registers
+
+inline int64_t Padded(int64_t n) { return (n + 15) / 16 * 16; }  // to whole vectors of the widest target
+
+// Scratch. Rows are padded to `dk` and `dv`, multiples of 16, with zeros.
+struct BlockWork {
+  int64_t dk, dv;
+  float* keys;    // (dk, kKeys): a tile, transposed
+  float* values;  // (kKeys, dv)
+  float* bias;    // (kKeys): exponent * log_weight; -inf where the tile ends
+  float* q;       // (kQueries, dk), times the softmax scale
+  float* out;     // (kQueries, dv), not normalised
+  float* logits;  // (kStrip, kKeys)
+  float* max;     // (kQueries)
+  float* sum;     // (kQueries)
+};
+
+}  // namespace express::cpu
+#endif  // EXPRESS_SRC_CPU_PREFILL_SHARED_
+
+HWY_BEFORE_NAMESPACE();
+namespace express::cpu::HWY_NAMESPACE {
+
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+// c[r][0, kWidth vectors) += sum_i a[r][i] b[i][...] for kStrip rows; `depth` steps.
+template <int64_t kWidth>
+HWY_INLINE void Multiply(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t b_stride,
+                         int64_t depth, float* HWY_RESTRICT c, int64_t c_stride) {
+  static_assert(kStrip == 6);
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto load = [&](int64_t r, int64_t w) HWY_ATTR { return hn::Load(d, c + r * c_stride + w * lanes); };
+  auto c00 = load(0, 0), c10 = load(1, 0), c20 = load(2, 0), c30 = load(3, 0), c40 = load(4, 0), c50 = load(5, 0);
+  auto c01 = c00, c11 = c10, c21 = c20, c31 = c30, c41 = c40, c51 = c50;
+  auto c02 = c00, c12 = c10, c22 = c20, c32 = c30, c42 = c40, c52 = c50;
+  auto c03 = c00, c13 = c10, c23 = c20, c33 = c30, c43 = c40, c53 = c50;
+  if constexpr (kWidth > 1)
+    c01 = load(0, 1), c11 = load(1, 1), c21 = load(2, 1), c31 = load(3, 1), c41 = load(4, 1), c51 = load(5, 1);
+  if constexpr (kWidth > 2)
+    c02 = load(0, 2), c12 = load(1, 2), c22 = load(2, 2), c32 = load(3, 2), c42 = load(4, 2), c52 = load(5, 2);
+  if constexpr (kWidth > 3)
+    c03 = load(0, 3), c13 = load(1, 3), c23 = load(2, 3), c33 = load(3, 3), c43 = load(4, 3), c53 = load(5, 3);
+  for (int64_t i = 0; i < depth; ++i) {
+    const float* row = b + i * b_stride;
+    const auto b0 = hn::Load(d, row);
+    auto b1 = b0, b2 = b0, b3 = b0;
+    if constexpr (kWidth > 1) b1 = hn::Load(d, row + lanes);
+    if constexpr (kWidth > 2) b2 = hn::Load(d, row + 2 * lanes);
+    if constexpr (kWidth > 3) b3 = hn::Load(d, row + 3 * lanes);
+    const auto step = [&](int64_t r, auto& x0, auto& x1, auto& x2, auto& x3) HWY_ATTR {
+      const auto x = hn::Set(d, a[r * a_stride + i]);
+      x0 = hn::MulAdd(x, b0, x0);
+      if constexpr (kWidth > 1) x1 = hn::MulAdd(x, b1, x1);
+      if constexpr (kWidth > 2) x2 = hn::MulAdd(x, b2, x2);
+      if constexpr (kWidth > 3) x3 = hn::MulAdd(x, b3, x3);
+    };
+    step(0, c00, c01, c02, c03);
+    step(1, c10, c11, c12, c13);
+    step(2, c20, c21, c22, c23);
+    step(3, c30, c31, c32, c33);
+    step(4, c40, c41, c42, c43);
+    step(5, c50, c51, c52, c53);
+  }
+  const auto store = [&](int64_t r, auto x0, auto x1, auto x2, auto x3) HWY_ATTR {
+    float* to = c + r * c_stride;
+    hn::Store(x0, d, to);
+    if constexpr (kWidth > 1) hn::Store(x1, d, to + lanes);
+    if constexpr (kWidth > 2) hn::Store(x2, d, to + 2 * lanes);
+    if constexpr (kWidth > 3) hn::Store(x3, d, to + 3 * lanes);
+  };
+  store(0, c00, c01, c02, c03);
+  store(1, c10, c11, c12, c13);
+  store(2, c20, c21, c22, c23);
+  store(3, c30, c31, c32, c33);
+  store(4, c40, c41, c42, c43);
+  store(5, c50, c51, c52, c53);
+}
+
+// The same over `width` columns, a multiple of 16.
+HWY_INLINE void MultiplyStrip(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
+                              float* c, int64_t c_stride, int64_t width) {
+  const F32 d;
+  constexpr int64_t kWidth = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 4 : 2;  // registers: 24 or 12 sums
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t at = 0;
+  for (; at + kWidth * lanes <= width; at += kWidth * lanes)
+    Multiply<kWidth>(a, a_stride, b + at, b_stride, depth, c + at, c_stride);
+  for (; at < width; at += lanes) Multiply<1>(a, a_stride, b + at, b_stride, depth, c + at, c_stride);
+}
+
+// Turns one row of logits into exp(logit - max), after bringing the row's state to the new maximum.
+HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, int64_t dv, float* max, float* sum, float* HWY_RESTRICT out) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  auto top = hn::Load(d, logits);
+  for (int64_t j = lanes; j < kKeys; j += lanes) top = hn::Max(top, hn::Load(d, logits + j));
+  const float tile_max = hn::GetLane(hn::MaxOfLanes(d, top));
+  if (tile_max > *max) {
+    const float factor = *max == kMinusInfinity ? 0.0f : std::exp(*max - tile_max);
+    *sum *= factor;
+    for (int64_t i = 0; i < dv; i += lanes) hn::Store(hn::Mul(hn::Load(d, out + i), hn::Set(d, factor)), d, out + i);
+    *max = tile_max;
+  }
+  auto total = hn::Zero(d);
+  const auto shift = hn::Set(d, *max == kMinusInfinity ? 0.0f : *max),
+             floor = hn::Set(d, -104.0f);  // exp(-104) = 0 in f32
+  for (int64_t j = 0; j < kKeys; j += lanes) {
+    const auto x = hn::Sub(hn::Load(d, logits + j), shift);
+    const auto e = hn::IfThenElseZero(hn::Gt(x, floor), hn::Exp(d, hn::Max(x, floor)));
+    total = hn::Add(total, e);
+    hn::Store(e, d, logits + j);
+  }
+  *sum += hn::GetLane(hn::SumOfLanes(d, total));
+}
+
+// All query rows against the tile in `w`. Row r may see `visible(r)` keys of it.
+template <class Visible>
+void AttendTile(const BlockWork& w, int64_t rows, int64_t depth_q, const Visible& visible) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t first = 0; first < rows; first += kStrip) {
+    const int64_t strip = std::min(kStrip, rows - first);
+    if (visible(first + strip - 1) <= 0) continue;  // later rows see no less
+    for (int64_t r = 0; r < kStrip; ++r)
+      for (int64_t j = 0; j < kKeys; j += lanes) hn::Store(hn::Load(d, w.bias + j), d, w.logits + r * kKeys + j);
+    MultiplyStrip(w.q + first * w.dk, w.dk, w.keys, kKeys, depth_q, w.logits, kKeys, kKeys);
+    for (int64_t r = 0; r < strip; ++r) {
+      float* logits = w.logits + r * kKeys;
+      for (int64_t j = std::max<int64_t>(0, visible(first + r)); j < kKeys; ++j) logits[j] = kMinusInfinity;
+      SoftmaxRow(logits, w.dv, w.max + first + r, w.sum + first + r, w.out + (first + r) * w.dv);
+    }
+    for (int64_t i = strip * kKeys; i < kStrip * kKeys; ++i) w.logits[i] = 0;
+    MultiplyStrip(w.logits, kKeys, w.values, w.dv, kKeys, w.out + first * w.dv, w.dv, w.dv);
+  }
+}
+
+// Unpacks row `key` and `value` as column / row `at` of the tile.
+template <class T>
+HWY_INLINE void PackRow(const BlockWork& w, const T* key, int64_t key_dim, const T* value, int64_t value_dim,
+                        int64_t at) {
+  for (int64_t i = 0; i < key_dim; ++i) w.keys[i * kKeys + at] = ToFloat(key[i]);
+  LoadRow(value, static_cast<size_t>(value_dim), w.values + at * w.dv);
+}
+
+// The tile's columns from `count` on: no key, no weight.
+HWY_INLINE void EndTile(const BlockWork& w, int64_t key_dim, int64_t count) {
+  for (int64_t j = count; j < kKeys; ++j) {
+    w.bias[j] = kMinusInfinity;
+    for (int64_t i = 0; i < key_dim; ++i) w.keys[i * kKeys + j] = 0;
+    std::fill_n(w.values + j * w.dv, w.dv, 0.0f);
+  }
+}
+
+template <class T>
+void AttendSlab(const Slab& slab, const float* log_weight, float exponent, const BlockWork& w, int64_t rows) {
+  const int64_t dk = slab.key_dim, dv = slab.value_dim;
+  for (int64_t next = 0; next < slab.capacity;) {
+    int64_t count = 0;
+    for (; next < slab.capacity && count < kKeys; ++next) {
+      if (log_weight[next] == kMinusInfinity) continue;
+      w.bias[count] = exponent * log_weight[next];
+      PackRow(w, static_cast<const T*>(slab.key) + next * dk, dk, static_cast<const T*>(slab.value) + next * dv, dv,
+              count++);
+    }
+    if (count == 0) return;
+    EndTile(w, dk, count);
+    AttendTile(w, rows, dk, [](int64_t) { return kKeys; });
+  }
+}
+
+// The block's own keys, up to those that the last of the rows may see. Row r belongs to token first_token + r / group.
+template <class K, class V>
+void AttendOwn(const BlockArgs& args, int64_t key_dim, int64_t value_dim, const BlockWork& w, int64_t first_row,
+               int64_t rows) {
+  const int64_t group = args.group;
+  const auto token = [&](int64_t r) { return args.first + (first_row + r) / group; };
+  const int64_t end = token(rows - 1) + 1;
+  for (int64_t base = 0; base < end; base += kKeys) {
+    const int64_t count = std::min(kKeys, end - base);
+    for (int64_t j = 0; j < count; ++j) {
+      w.bias[j] = 0;
+      const K* key = static_cast<const K*>(args.key.data) + (base + j) * args.key.stride;
+      const V* value = static_cast<const V*>(args.value.data) + (base + j) * args.value.stride;
+      for (int64_t i = 0; i < key_dim; ++i) w.keys[i * kKeys + j] = ToFloat(key[i]);
+      LoadRow(value, static_cast<size_t>(value_dim), w.values + j * w.dv);
+    }
+    EndTile(w, key_dim, count);
+    AttendTile(w, rows, key_dim, [&](int64_t r) { return token(r) + 1 - base; });
+  }
+}
+
+void AttendRows(const Slab& slab, const float* log_weight, const BlockArgs& args, const BlockWork& w, int64_t first_row,
+                int64_t rows) {
+  WithType(slab.dtype, [&](auto type) { AttendSlab<decltype(type)>(slab, log_weight, args.exponent, w, rows); });
+  WithType(args.key.dtype, [&](auto k) {
+    WithType(args.value.dtype, [&](auto v) {
+      AttendOwn<decltype(k), decltype(v)>(args, slab.key_dim, slab.value_dim, w, first_row, rows);
+    });
+  });
+}
+
+}  // namespace express::cpu::HWY_NAMESPACE
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace express::cpu {
+
+HWY_EXPORT(AttendRows);
+
+namespace {
+
+int64_t Layout(int32_t key_dim, int32_t value_dim, float* at, BlockWork* w) {
+  w->dk = Padded(key_dim);
+  w->dv = Padded(value_dim);
+  int64_t used = 0;
+  const auto take = [&](int64_t floats) {
+    float* taken = at != nullptr ? at + used : nullptr;
+    used += Padded(floats);
+    return taken;
+  };
+  w->keys = take(w->dk * kKeys);
+  w->values = take(kKeys * w->dv);
+  w->bias = take(kKeys);
+  w->q = take(kQueries * w->dk);
+  w->out = take(kQueries * w->dv);
+  w->logits = take(kStrip * kKeys);
+  w->max = take(kQueries);
+  w->sum = take(kQueries);
+  return used;
+}
+
+}  // namespace
+
+size_t BlockScratchBytes(int32_t, int32_t key_dim, int32_t value_dim) {
+  BlockWork w;
+  return static_cast<size_t>(Layout(key_dim, value_dim, nullptr, &w)) * sizeof(float);
+}
+
+void AttendBlock(const Slab& slab, const float* log_weight, const BlockArgs& args, void* scratch) {
+  BlockWork w;
+  Layout(slab.key_dim, slab.value_dim, static_cast<float*>(scratch), &w);
+  std::fill_n(w.values, kKeys * w.dv, 0.0f);  // the padding stays zero
+  std::fill_n(w.q, kQueries * w.dk, 0.0f);
+  const int64_t all_rows = (args.last - args.first) * args.group;
+  for (int64_t first = 0; first < all_rows; first += kQueries) {
+    const int64_t rows = std::min(kQueries, all_rows - first);
+    const auto at = [&](int64_t r, int64_t token_stride, int64_t head_stride) {
+      return (args.first + (first + r) / args.group) * token_stride + (first + r) % args.group * head_stride;
+    };
+    for (int64_t r = 0; r < rows; ++r) {
+      float* q = w.q + r * w.dk;
+      Convert(static_cast<const char*>(args.q) + at(r, args.q_token_stride, args.q_head_stride) * SizeOf(args.q_dtype),
+              args.q_dtype, q, DType::kF32, slab.key_dim);
+      for (int64_t i = 0; i < slab.key_dim; ++i) q[i] *= args.scale;
+    }
+    std::fill_n(w.out, kQueries * w.dv, 0.0f);
+    std::fill_n(w.max, kQueries, -std::numeric_limits<float>::infinity());
+    std::fill_n(w.sum, kQueries, 0.0f);
+    HWY_DYNAMIC_DISPATCH(AttendRows)(slab, log_weight, args, w, first, rows);
+    for (int64_t r = 0; r < rows; ++r) {
+      const Rows out{
+          static_cast<char*>(args.out) + at(r, args.out_token_stride, args.out_head_stride) * SizeOf(args.out_dtype), 0,
+          args.out_dtype};
+      float* lse = args.lse != nullptr ? args.lse + at(r, args.lse_token_stride, args.lse_head_stride) : nullptr;
+      FinishPartial({w.out + r * w.dv, w.max + r, w.sum + r}, 1, slab.value_dim, out, lse, 0);
+    }
+  }
+}
+
+}  // namespace express::cpu
+#endif  // HWY_ONCE

@@ -1,0 +1,71 @@
+// The protected set of one head stream (DESIGN 3.5): the P entries with the largest ||k - mu||^2 of all that left the
+// exact tail. A departure costs one row of arithmetic, so this is plain code; the compiler vectorises the loops over
+// the dimension.
+#include <bit>
+
+#include "src/cpu/kernels.h"
+#include "src/cpu/scalar.h"
+
+namespace express::cpu {
+namespace {
+
+constexpr uint64_t kFirstMean = 64;  // departures before the mean of departed keys replaces that of the tail
+
+template <class T>
+const T* KeyRow(const Slab& slab, int32_t slot) {
+  return static_cast<const T*>(slab.key) + static_cast<int64_t>(slot) * slab.key_dim;
+}
+
+// The lowest score; among equals the youngest, since ties go to the older.
+int64_t FindWeakest(const Protection& p, const int64_t* position) {
+  int64_t weakest = 0;
+  for (int64_t i = 1; i < p.count; ++i) {
+    const bool younger = position[p.slot[i]] > position[p.slot[weakest]];
+    if (p.score[i] < p.score[weakest] || (p.score[i] == p.score[weakest] && younger)) weakest = i;
+  }
+  return weakest;
+}
+
+// Adds the key to the sum and returns its score.
+template <class T>
+float Score(Protection& p, const T* key, int64_t dim) {
+  float score = 0;
+  for (int64_t d = 0; d < dim; ++d) {
+    const float x = ToFloat(key[d]), centred = x - p.mean[d];
+    p.sum[d] += static_cast<double>(x);
+    score += centred * centred;
+  }
+  return score;
+}
+
+}  // namespace
+
+void CentreOn(Protection& p, const Slab& slab, const int32_t* slots, int64_t count) {
+  WithType(slab.dtype, [&](auto type) {
+    for (int64_t d = 0; d < slab.key_dim; ++d) {
+      double sum = 0;
+      for (int64_t i = 0; i < count; ++i)
+        sum += static_cast<double>(ToFloat(KeyRow<decltype(type)>(slab, slots[i])[d]));
+      p.mean[d] = static_cast<float>(sum / static_cast<double>(count));
+    }
+  });
+}
+
+void Admit(Protection& p, const Slab& slab, int32_t slot, uint64_t ordinal) {
+  if (ordinal >= kFirstMean && std::has_single_bit(ordinal)) {
+    for (int64_t d = 0; d < slab.key_dim; ++d) p.mean[d] = static_cast<float>(p.sum[d] / static_cast<double>(ordinal));
+  }
+  const float score =
+      WithType(slab.dtype, [&](auto type) { return Score(p, KeyRow<decltype(type)>(slab, slot), slab.key_dim); });
+  if (p.count < p.capacity) {
+    p.slot[p.count] = slot;
+    p.score[p.count++] = score;
+    if (p.count == p.capacity) p.weakest = FindWeakest(p, slab.position);
+  } else if (score > p.score[p.weakest]) {
+    SwapEntries(slab, slot, p.slot[p.weakest]);
+    p.score[p.weakest] = score;
+    p.weakest = FindWeakest(p, slab.position);
+  }
+}
+
+}  // namespace express::cpu

@@ -1,0 +1,47 @@
+// The storage types as scalars, and a switch from a DType to one of them.
+#ifndef EXPRESS_SRC_CPU_SCALAR_H_
+#define EXPRESS_SRC_CPU_SCALAR_H_
+
+#include <bit>
+#include <cstdint>
+
+#include "express/types.h"
+
+namespace express::cpu {
+
+__extension__ typedef _Float16 Half;
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float ToFloat(float x) { return x; }
+inline float ToFloat(Half x) { return static_cast<float>(x); }
+inline float ToFloat(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+
+// Rounds to nearest even; NaN stays NaN.
+inline BFloat16 ToBFloat16(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  if ((bits & 0x7FFFFFFFu) > 0x7F800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+  return {static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+inline void FromFloat(float x, float* to) { *to = x; }
+inline void FromFloat(float x, Half* to) { *to = static_cast<Half>(x); }
+inline void FromFloat(float x, BFloat16* to) { *to = ToBFloat16(x); }
+
+// body(T()) with the type that stores `dtype`, one of the three floating ones.
+template <class Body>
+auto WithType(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kF16:
+      return body(Half());
+    case DType::kBF16:
+      return body(BFloat16());
+    default:
+      return body(float());
+  }
+}
+
+}  // namespace express::cpu
+
+#endif  // EXPRESS_SRC_CPU_SCALAR_H_
