@@ -77,6 +77,8 @@ std::unique_ptr<KvCache> MakeExpress(const KvOptions& o, const ModelConfig& m, i
                             {{"f32", EXPRESS_DTYPE_F32}, {"f16", EXPRESS_DTYPE_F16}, {"bf16", EXPRESS_DTYPE_BF16}});
   c.schedule = Choose<int32_t>("--schedule", o.schedule,
                                {{"budget", EXPRESS_SCHEDULE_BUDGET}, {"rounds", EXPRESS_SCHEDULE_ROUNDS}});
+  c.halving =
+      Choose<int32_t>("--halving", o.halving, {{"kernel", EXPRESS_HALVING_KERNEL}, {"coin", EXPRESS_HALVING_COIN}});
   c.budget = o.budget;
   c.sinks = o.sinks;
   c.window = o.window;

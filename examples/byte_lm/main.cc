@@ -35,6 +35,9 @@ void AddCache(CLI::App* app, CommonOptions& o) {
   app->add_option("--schedule", o.kv.schedule, "budget or rounds")
       ->check(CLI::IsMember({"budget", "rounds"}))
       ->capture_default_str();
+  app->add_option("--halving", o.kv.halving, "kernel, or coin: uniform sampling, for comparison")
+      ->check(CLI::IsMember({"kernel", "coin"}))
+      ->capture_default_str();
   app->add_option("--block", o.kv.block, "Tokens taken at a time; 1 is decoding")
       ->check(CLI::PositiveNumber)
       ->capture_default_str();
