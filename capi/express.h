@@ -11,16 +11,16 @@
  * Method: kernel halving; Gong, Carrell, Dwivedi, Mackey, "Express Language Modeling", arXiv:2606.10944.
  *
  * Errors.   Every fallible call returns an express_status; express_last_error() has a message that names the argument,
- * what was expected and what came. A call that fails changed nothing, neither the cache nor an output (the one
+ *           what was expected and what came. A call that fails changed nothing, neither the cache nor an output (the one
  *           exception is EXPRESS_STATUS_BROKEN, see there). Nothing throws, aborts, exits or prints.
  * Threads.  Distinct caches are independent. On one cache at most one thread may be in a call that takes a non-const
- *           express_cache; calls that take a const one may run concurrently with each other. The library computes on up
- * to config.threads threads (oneTBB) or on the engine's own through config.parallel_for; results do not depend on the
- *           number of threads.
- * Memory.   Everything a cache needs is allocated in one piece by express_create; append, attend, prefill, compress,
- * export and rollback allocate nothing. Tensors.  Views in the shape of DLPack: the caller owns data, shape and
- * strides; the library reads or writes them only during the call. Inputs and outputs must not overlap. The innermost
- * stride must be 1.
+ *           express_cache, and no other call may run beside it; calls that take a const one may run concurrently. The
+ *           library computes on up to config.threads threads (oneTBB), or on the engine's own through
+ *           config.parallel_for; results do not depend on their number.
+ * Memory.   Everything a cache needs is allocated in one piece by express_create (oneTBB's own pool of threads is not
+ *           counted); append, attend, prefill, compress, export and rollback allocate nothing.
+ * Tensors.  Views in the shape of DLPack: the caller owns data, shape and strides; the library reads or writes them only
+ *           during the call. Inputs and outputs must not overlap. The innermost stride must be 1.
  */
 #ifndef EXPRESS_H_
 #define EXPRESS_H_
@@ -44,8 +44,7 @@
 extern "C" {
 #endif
 
-/* ---------------------------------------------------------------------------------------------- status and errors ----
- */
+/* ------------------------------------------------------------------------------------------ status and errors ---- */
 
 /* Numbers are pinned: a status keeps its number for ever, new ones are appended. */
 typedef enum express_status {
@@ -108,16 +107,14 @@ typedef struct express_tensor {
   const int64_t *strides; /* (ndim), or NULL */
 } express_tensor;
 
-/* ---------------------------------------------------------------------------------------------------- configuration
- * ---- */
+/* --------------------------------------------------------------------------------------------- configuration ---- */
 
 /* "Let the library decide", in the integer and floating-point fields that say so. Zero means zero. */
 #define EXPRESS_AUTO (-1)
 
 typedef enum express_schedule {
   EXPRESS_SCHEDULE_BUDGET = 0, /* halve one level when no slot is free: stays close to the budget */
-  EXPRESS_SCHEDULE_ROUNDS =
-      1 /* the paper's rounds of four: between s and 8 s entries, s the largest power of two that fits */
+  EXPRESS_SCHEDULE_ROUNDS = 1  /* the paper's rounds of four: between s and 8 s entries, s a power of two */
 } express_schedule;
 
 typedef enum express_halving {
@@ -127,8 +124,7 @@ typedef enum express_halving {
 
 typedef enum express_budget_unit {
   EXPRESS_BUDGET_ENTRIES = 0, /* budget = entries per KV head, the mean over all layers and KV heads */
-  EXPRESS_BUDGET_BYTES =
-      1 /* budget = bytes of the whole cache, everything included; the largest entry budget that fits is used */
+  EXPRESS_BUDGET_BYTES = 1    /* budget = bytes of the whole cache; the largest entry budget that fits is used */
 } express_budget_unit;
 
 /* Runs body(task, i, worker) for every i in [0, count), in any order, on any threads, and returns when all are done.
@@ -161,27 +157,35 @@ typedef struct express_config {
   int32_t dtype;       /* express_dtype of the stored keys and values: F32, F16 or BF16; arithmetic is always float32 */
   int32_t device_type; /* express_device_type */
   int32_t device_id;   /* 0 on the CPU */
-  int32_t
-      first_layer; /* global index of layer 0 and of KV head 0: a model that is split over processes draws the same */
-  int32_t first_kv_head; /*   random numbers as the whole one */
 
-  /* The budget. */
+  /* Global index of layer 0 and of KV head 0: a model that is split over processes draws the same random numbers as the
+   * whole one. */
+  int32_t first_layer;
+  int32_t first_kv_head;
+
+  /* The budget: entries per KV head, the mean over all layers and heads, or bytes of the whole cache. */
   int32_t budget_unit; /* express_budget_unit */
-  int64_t budget;      /* entries or bytes, by budget_unit */
-  int64_t sinks;       /* the first tokens, kept exactly with weight 1 */
-  int64_t window; /* the last tokens, kept exactly; EXPRESS_AUTO: base + 60 % of what the head has beyond its base, the
-                     base being 5/16 of the mean budget. The most recent token is always exact, also with window 0. */
-  int64_t protected_entries; /* older tokens kept exactly because of their outlying keys; EXPRESS_AUTO: 28 % of what the
-                                head has beyond its base */
-  int64_t rollback_reserve;  /* how many tokens express_rollback can always take back */
-  const float *head_share; /* (layers) or (layers, kv_heads), >= 0: every KV head gets the base, and what remains of the
-                              mean budget is shared out in proportion; NULL: evenly. Good shares: the squared attention
-                              mass on far tokens. Copied by express_create. */
-  int64_t head_share_count;                  /* 0, layers or layers * kv_heads */
-  const express_head_setting *head_settings; /* explicit settings instead of budget and head_share; copied */
-  int64_t head_settings_count;               /* 0, layers or layers * kv_heads */
+  int64_t budget;
 
-  /* The method. The defaults are the measured best; the paper's own setting, for which its error bound is proven, is
+  /* Kept exactly, with weight 1: the first tokens; the last tokens; and, among those that left the window, the ones whose
+   * keys lie farthest from the mean key. EXPRESS_AUTO divides each head's budget: its base (5/16 of the mean budget) goes
+   * to the window; of what it has beyond, 60 % to the window, 28 % to protected entries and 12 % to the weighted coreset.
+   * The most recent token is always exact, also with window 0. */
+  int64_t sinks;
+  int64_t window;            /* or EXPRESS_AUTO */
+  int64_t protected_entries; /* or EXPRESS_AUTO */
+  int64_t rollback_reserve;  /* how many tokens express_rollback can always take back */
+
+  /* Budgets that differ by head. head_share: every KV head gets the base, and what remains of the mean budget is shared
+   * out in proportion to these (finite, >= 0; good shares: the squared attention mass on far tokens). head_settings:
+   * explicit budgets, instead of budget and head_share. Counts: 0, layers, or layers * kv_heads, layer-major. Both arrays
+   * are copied. */
+  const float *head_share;
+  int64_t head_share_count;
+  const express_head_setting *head_settings;
+  int64_t head_settings_count;
+
+  /* The method. The defaults are the measured best. The paper's own setting, for which its error bound is proven, is
    * weight_exponent 1, gamma 0, tau 1, protected_entries 0, schedule ROUNDS. */
   int32_t schedule;       /* express_schedule */
   int32_t halving;        /* express_halving */
@@ -189,19 +193,20 @@ typedef struct express_config {
   double gamma;           /* in [0, 1]: key kernel, 0 exponential (paper) to 1 Gaussian */
   double tau;             /* >= 0: scale of the halving thresholds; smaller is greedier */
   double delta;           /* in (0, 1): failure probability of the halving */
-  double level_fraction;  /* c in (0, 1): budget schedule, population of a level over that of the level above */
-  int64_t level_floor; /* budget schedule: a level is halved at this many entries or more; EXPRESS_AUTO: max(2, min(64,
-                          B'/16)) */
-  int64_t max_levels;  /* budget schedule: levels alive at once, >= 2; EXPRESS_AUTO: max(2, min(B'/4, B'/(2 floor))) */
-  uint64_t seed;       /* of all random choices */
+
+  /* The budget schedule, over the B' slots of the coreset. */
+  double level_fraction; /* c in (0, 1): population of a level over that of the level above */
+  int64_t level_floor;   /* a level is halved at so many entries or more; EXPRESS_AUTO: max(2, min(64, B'/16)) */
+  int64_t max_levels;    /* levels alive at once, >= 2; EXPRESS_AUTO: max(2, min(B'/4, B'/(2 level_floor))) */
+
+  uint64_t seed; /* of all random choices */
 
   /* Running. */
   int32_t prefill_block; /* queries of one block share the cache of its start; blocks begin at absolute multiples */
-  int32_t auto_compress; /* 0: an append that needs a halving is refused with WOULD_COMPRESS, and express_compress must
-                            make room */
+  int32_t auto_compress; /* 0: an append that needs a halving is refused; express_compress must make room first */
   int32_t validate;      /* 1: refuse NaN and infinity in every input tensor */
   int32_t threads;       /* threads to compute on, >= 1; EXPRESS_AUTO: one per hardware thread */
-  express_parallel_for parallel_for; /* NULL: oneTBB; then threads says how many workers it has */
+  express_parallel_for parallel_for; /* NULL: oneTBB; otherwise threads must say how many workers it has */
   void *parallel_for_context;
 } express_config;
 
@@ -217,8 +222,7 @@ typedef struct express_config {
  * defaults. Refuses a struct_size that no version of the library had. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_config_init(express_config *config, uint32_t struct_size);
 
-/* --------------------------------------------------------------------------------------------- creation and its size
- * ---- */
+/* ---------------------------------------------------------------------------------------- creation and its size ---- */
 
 typedef struct express_cache express_cache;
 
@@ -236,95 +240,95 @@ EXPRESS_API void express_destroy(express_cache **cache);
 /* Forgets all tokens, keeps the memory; the cache is as new, and mended if it was broken. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_reset(express_cache *cache);
 
-/* ------------------------------------------------------------------------------------------------- streaming: decode
- * ---- */
+/* -------------------------------------------------------------------------------------------- streaming: decode ---- */
 
-/* Ingests n tokens into one layer.
- *   k: (n, kv_heads, key_dim)     v: (n, kv_heads, value_dim)      F32, F16 or BF16, converted to the cache's dtype; n
- * may be 0 Amortised work per token O(B log B); a single token may pay for a halving of up to 0.4 B entries. */
+/* Ingests n tokens into one layer; n may be 0.
+ *   k: (n, kv_heads, key_dim)      F32, F16 or BF16, converted to the cache's dtype
+ *   v: (n, kv_heads, value_dim)
+ * A single token may pay for a halving of up to 0.4 B' entries; amortised, the work per token is O(B' log B'). */
 EXPRESS_API EXPRESS_MUST_USE express_status express_append(express_cache *cache, int32_t layer, const express_tensor *k,
                                                            const express_tensor *v);
 
-/* The same for all layers at once; fails as a whole.   k: (layers, n, kv_heads, key_dim)   v: (layers, n, kv_heads,
- * value_dim) */
+/* The same for all layers at once; fails as a whole.
+ *   k: (layers, n, kv_heads, key_dim)
+ *   v: (layers, n, kv_heads, value_dim) */
 EXPRESS_API EXPRESS_MUST_USE express_status express_append_all(express_cache *cache, const express_tensor *k,
                                                                const express_tensor *v);
 
-/* Attention of n queries over everything the layer holds (no causal mask among them). Read-only and safe to run
- * concurrently. q: (n, query_heads, key_dim)   out: (n, query_heads, value_dim)   lse: (n, query_heads) F32, or NULL q
- * and out: F32, F16 or BF16. Query head h uses KV head h / (query_heads / kv_heads). Over an empty layer out = 0, lse =
- * -inf. lse includes the tempered weights, so that results over disjoint sets of tokens merge by their lse. */
+/* Attention of n queries over everything the layer holds (no causal mask among them). Read-only; may run concurrently.
+ *   q:   (n, query_heads, key_dim)     F32, F16 or BF16
+ *   out: (n, query_heads, value_dim)   F32, F16 or BF16
+ *   lse: (n, query_heads)              F32, or NULL
+ * Query head h uses KV head h / (query_heads / kv_heads). Over an empty layer out = 0 and lse = -inf. lse includes the
+ * tempered weights, so that results over disjoint sets of tokens can be merged by it. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_attend(const express_cache *cache, int32_t layer,
                                                            const express_tensor *q, const express_tensor *out,
                                                            const express_tensor *lse);
 
-/* -------------------------------------------------------------------------------------------------- streaming: prefill
- * ---- */
+/* ------------------------------------------------------------------------------------------- streaming: prefill ---- */
 
-/* Scratch for prefill on devices that need it. */
+/* Scratch of the caller's. */
 typedef struct express_workspace {
   void *data;
   size_t bytes;
 } express_workspace;
 
-/* How many bytes of workspace express_prefill of n tokens needs; 0 on the CPU. */
+/* How many bytes of workspace express_prefill of n tokens needs: 0 on the CPU. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_workspace_size(const express_cache *cache, int64_t n,
                                                                    size_t *bytes);
 
 /* Causal attention of n new tokens over the layer's cache and themselves, and their append, in one call.
- *   q: (n, query_heads, key_dim)   k, v as in express_append   out: (n, query_heads, value_dim)   lse: (n, query_heads)
- * or NULL Tokens are taken in blocks that begin at absolute multiples of config.prefill_block: a query attends to what
- * the layer held when its block (or this call) began, and exactly to the tokens of its block up to its own. A prompt
- * given in chunks that end at multiples of prefill_block gives the results of the prompt given whole. workspace may be
- * NULL when none is needed. */
+ *   q, out, lse as in express_attend; k, v as in express_append; the same n in all
+ *   workspace: may be NULL when none is needed
+ * Tokens are taken in blocks that begin at absolute multiples of config.prefill_block: a query attends to what the layer
+ * held when its block (or this call) began, and exactly to the tokens of its block up to its own. A prompt in chunks that
+ * end at multiples of prefill_block gives the results of the prompt whole; any cut leaves the same cache. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_prefill(express_cache *cache, int32_t layer,
                                                             const express_tensor *q, const express_tensor *k,
                                                             const express_tensor *v, const express_tensor *out,
                                                             const express_tensor *lse,
                                                             const express_workspace *workspace);
 
-/* ------------------------------------------------------------------------------- compression ahead of need, rollback
- * ---- */
+/* ---------------------------------------------------------------------------- compression ahead of need, rollback ---- */
 
-/* Halves now, off the critical path, until every KV head of the layer (EXPRESS_AUTO: of every layer) can take at least
- * `tokens` more tokens without a halving, as far as its budget allows. What a head gives is stated by its plan:
- * *achieved (may be NULL) receives the smallest number of tokens that any of them now takes without one. With the
- * schedule of rounds a halving is due at fixed counts and cannot be done ahead: there the call changes nothing and
- * reports what is so. */
+/* Halves now, off the critical path, until every KV head of the layer (EXPRESS_AUTO: of every layer) can take `tokens`
+ * more tokens without a halving, or until half of its coreset's slots are free. *achieved (may be NULL) receives how many
+ * all of them now take. Under the schedule of rounds halvings are due at fixed counts: the call only reports.
+ * Halving early changes what is kept later: the cache then depends on where the calls stand in the stream. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_compress(express_cache *cache, int32_t layer, int64_t tokens,
                                                              int64_t *achieved);
 
-/* Drops the last `tokens` tokens of every layer. At most express_rollback_available can be dropped. No halving,
+/* Drops the last `tokens` tokens of every layer; ROLLBACK_UNAVAILABLE beyond express_rollback_available. No halving,
  * admission or draw is undone: what had left the window stays compressed. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_rollback(express_cache *cache, int64_t tokens);
 EXPRESS_API EXPRESS_MUST_USE express_status express_rollback_available(const express_cache *cache, int64_t *tokens);
 
-/* --------------------------------------------------------------------------------------- taking the weighted cache out
- * ---- */
+/* --------------------------------------------------------------------------------- taking the weighted cache out ---- */
 
 /* The number of entries that a KV head holds now. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_entries(const express_cache *cache, int32_t layer, int32_t kv_head,
                                                             int64_t *count);
 
 /* Copies the weighted cache of one KV head out, in no particular order.
- *   k: (capacity, key_dim)   v: (capacity, value_dim)   F32, F16 or BF16   log_weight: (capacity) F32, or NULL
- *   position: (capacity) I64, or NULL: the index in the stream of the token that the entry was
- * The capacities must be equal and at least express_entries. *count receives the number of entries; rows beyond are
- * left alone. */
+ *   k: (capacity, key_dim)     F32, F16 or BF16
+ *   v: (capacity, value_dim)   F32, F16 or BF16
+ *   log_weight: (capacity)     F32, or NULL
+ *   position:   (capacity)     I64, or NULL: the index in the stream of the token that the entry was
+ * capacity must be at least express_entries. *count receives the number of entries; rows beyond it are left alone. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_export(const express_cache *cache, int32_t layer, int32_t kv_head,
                                                            const express_tensor *k, const express_tensor *v,
                                                            const express_tensor *log_weight,
                                                            const express_tensor *position, int64_t *count);
 
-/* ----------------------------------------------------------------------------------------------- one-shot compression
- * ---- */
+/* ------------------------------------------------------------------------------------------ one-shot compression ---- */
 
-/* Compresses a given cache of n tokens into a weighted one, with the config's schedule, sinks, window and protection
- * (one layer: config.layers must be 1; config.budget is the number of entries to keep, unit ENTRIES, the same for every
- * head). k: (n, kv_heads, key_dim)   v: (n, kv_heads, value_dim) out_k: (kv_heads, capacity, key_dim)   out_v:
- * (kv_heads, capacity, value_dim)   log_weight: (kv_heads, capacity) F32 position: (kv_heads, capacity) I64, or NULL.
- * capacity >= config.budget.   *count: entries per KV head. workspace: at least express_compress_kv_workspace(config)
- * bytes, aligned to 64. Nothing else is allocated. */
+/* Compresses a given cache of n tokens into a weighted one with the config's schedule, sinks, window and protection.
+ * config.layers must be 1, and budget (in ENTRIES) is what every head keeps.
+ *   k: (n, kv_heads, key_dim)                      v: (n, kv_heads, value_dim)
+ *   out_k: (kv_heads, capacity, key_dim)           out_v: (kv_heads, capacity, value_dim)
+ *   log_weight: (kv_heads, capacity) F32           position: (kv_heads, capacity) I64, or NULL
+ *   capacity >= config.budget                      *count: entries of every KV head
+ *   workspace: express_compress_kv_workspace(config) bytes, aligned to 64; no tensor memory is allocated beside it */
 EXPRESS_API EXPRESS_MUST_USE express_status express_compress_kv_workspace(const express_config *config, size_t *bytes);
 EXPRESS_API EXPRESS_MUST_USE express_status express_compress_kv(const express_config *config, const express_tensor *k,
                                                                 const express_tensor *v, const express_tensor *out_k,
@@ -333,8 +337,7 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_compress_kv(const express_co
                                                                 const express_tensor *position, int64_t *count,
                                                                 const express_workspace *workspace);
 
-/* -------------------------------------------------------------------------------------------------------------- stats
- * ---- */
+/* --------------------------------------------------------------------------------------------------------- stats ---- */
 
 /* struct_size first, as in express_config; only struct_size bytes are written. */
 typedef struct express_stats {
