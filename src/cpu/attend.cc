@@ -90,13 +90,21 @@ HWY_INLINE void TileValues(const T* HWY_RESTRICT value, int64_t dim, const int32
       for (int64_t j = 0; j < count; ++j) out[r * dim + i] += p[r * kTile + j] * ToFloat(value[slots[j] * dim + i]);
 }
 
-// Turns a row of logits (kTile, padded with -inf) into exp(logit - max), after bringing the row's state to the new
-// maximum.
-HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, int64_t dim, float* max, float* sum, float* HWY_RESTRICT out) {
+// Turns a row of products <q, k_j> into exp(logit_j - max), logit_j = product + bias_j, after bringing the row's state to
+// the new maximum. bias (kTile) is -inf where the tile ends.
+HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, const float* HWY_RESTRICT bias, int64_t dim, float* max,
+                           float* sum, float* HWY_RESTRICT out) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  auto top = hn::Load(d, logits);
-  for (int64_t j = lanes; j < kTile; j += lanes) top = hn::Max(top, hn::Load(d, logits + j));
+  const auto low = hn::Set(d, -kLargestLogit), high = hn::Set(d, kLargestLogit);
+  auto top = hn::Set(d, kMinusInfinity);
+  for (int64_t j = 0; j < kTile; j += lanes) {
+    // In this order NaN, the sum of opposite overflows, becomes a number too.
+    const auto product = hn::Min(hn::Max(hn::Load(d, logits + j), low), high);
+    const auto logit = hn::Add(product, hn::Load(d, bias + j));
+    top = hn::Max(top, logit);
+    hn::Store(logit, d, logits + j);
+  }
   const float new_max = std::max(*max, hn::GetLane(hn::MaxOfLanes(d, top)));
   if (new_max > *max) {
     const float factor = *max == kMinusInfinity ? 0.0f : std::exp(*max - new_max);
@@ -105,10 +113,9 @@ HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, int64_t dim, float* max, 
     *max = new_max;
   }
   auto total = hn::Zero(d);
-  const auto shift = hn::Set(d, new_max), floor = hn::Set(d, -104.0f);  // exp(-104) = 0 in f32
+  const auto shift = hn::Set(d, new_max), log2e = hn::Set(d, kLog2E);
   for (int64_t j = 0; j < kTile; j += lanes) {
-    const auto x = hn::Sub(hn::Load(d, logits + j), shift);
-    const auto e = hn::IfThenElseZero(hn::Gt(x, floor), hn::Exp(d, hn::Max(x, floor)));
+    const auto e = Exp2(hn::Mul(hn::Sub(hn::Load(d, logits + j), shift), log2e));
     total = hn::Add(total, e);
     hn::Store(e, d, logits + j);
   }
@@ -131,8 +138,8 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
   const auto* key = static_cast<const T*>(slab.key);
   const auto* value = static_cast<const T*>(slab.value);
   const int64_t dk = slab.key_dim, dv = slab.value_dim;
-  HWY_ALIGN float logits[kMaxQueryRows][kTile];
-  float bias[kTile];
+  HWY_ALIGN float logits[kMaxQueryRows][kTile] = {};
+  HWY_ALIGN float bias[kTile];
   int32_t slots[kTile];
   std::fill_n(partial.max, rows, kMinusInfinity);
   std::fill_n(partial.sum, rows, 0.0f);
@@ -145,12 +152,11 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
       slots[count++] = static_cast<int32_t>(next);
     }
     if (count == 0) break;
+    std::fill_n(bias + count, kTile - count, kMinusInfinity);
     ByRows(rows,
            [&](auto n, int64_t r) HWY_ATTR { TileLogits<n.value>(key, dk, slots, count, q + r * dk, logits[r]); });
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = 0; j < count; ++j) logits[r][j] += bias[j];
-      for (int64_t j = count; j < kTile; ++j) logits[r][j] = kMinusInfinity;
-      SoftmaxRow(logits[r], dv, partial.max + r, partial.sum + r, partial.out + r * dv);
+      SoftmaxRow(logits[r], bias, dv, partial.max + r, partial.sum + r, partial.out + r * dv);
     }
     ByRows(rows, [&](auto n, int64_t r)
                      HWY_ATTR { TileValues<n.value>(value, dv, slots, count, logits[r], partial.out + r * dv); });

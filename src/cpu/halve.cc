@@ -96,7 +96,8 @@ HWY_INLINE void PairProducts(const HalveWork& w, int32_t key_dim, int32_t value_
       const auto cj = hn::Load(d, w.norm + col * w.columns + column + at);
       const auto exponent = hn::MulSub(scale, hn::Load(d, keys[row][col] + at), hn::Add(ci, cj));
       // No exponent is positive but for rounding.
-      return hn::Mul(hn::Exp(d, hn::Min(exponent, zero)), hn::Add(hn::Load(d, values[row][col] + at), offset));
+      return hn::Mul(Exp2(hn::Mul(hn::Min(exponent, zero), hn::Set(d, kLog2E))),
+                     hn::Add(hn::Load(d, values[row][col] + at), offset));
     };
     const auto same = hn::Add(kappa(0, 0), kappa(1, 1)), other = hn::Add(kappa(0, 1), kappa(1, 0));
     hn::Store(hn::Sub(same, other), d, out + at);
@@ -200,9 +201,8 @@ void Decide(const Slab& slab, const HalveParams& params, const StreamKey& key, u
     const int64_t count = std::min(kPairs, w.pairs - first), base = first / kColumns * kColumns;
     float sums[kPairs] = {};
     // Whole groups of columns; decided pairs of the block's own group have their signs, the others 0.
-    if (first > 0)
-      HWY_DYNAMIC_DISPATCH(Accumulate)
-      (w, slab.key_dim, slab.value_dim, params.scale, b2, first, count, PadColumns(first), sums);
+    if (first > 0) HWY_DYNAMIC_DISPATCH(Accumulate)
+    (w, slab.key_dim, slab.value_dim, params.scale, b2, first, count, PadColumns(first), sums);
     HWY_DYNAMIC_DISPATCH(Triangle)(w, slab.key_dim, slab.value_dim, params.scale, b2, first, count, triangle);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t a = first + i;

@@ -29,7 +29,7 @@ struct BlockWork {
   int64_t dk, dv;
   float* keys;    // (dk, kKeys): a tile, transposed
   float* values;  // (kKeys, dv)
-  float* bias;    // (kKeys): exponent * log_weight; -inf where the tile ends
+  float* bias;    // (kKeys): exponent * log_weight
   float* q;       // (kQueries, dk), times the softmax scale
   float* out;     // (kQueries, dv), not normalised
   float* logits;  // (kStrip, kKeys)
@@ -111,12 +111,21 @@ HWY_INLINE void MultiplyStrip(const float* a, int64_t a_stride, const float* b, 
   for (; at < width; at += lanes) Multiply<1>(a, a_stride, b + at, b_stride, depth, c + at, c_stride);
 }
 
-// Turns one row of logits into exp(logit - max), after bringing the row's state to the new maximum.
-HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, int64_t dv, float* max, float* sum, float* HWY_RESTRICT out) {
+// Turns one row of products <q, k_j> into exp(logit_j - max), logit_j = product + bias_j, after bringing the row's state
+// to the new maximum. The first `visible` columns count; the others become 0.
+HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, const float* HWY_RESTRICT bias, int64_t visible, int64_t dv,
+                           float* max, float* sum, float* HWY_RESTRICT out) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  auto top = hn::Load(d, logits);
-  for (int64_t j = lanes; j < kKeys; j += lanes) top = hn::Max(top, hn::Load(d, logits + j));
+  const auto low = hn::Set(d, -kLargestLogit), high = hn::Set(d, kLargestLogit);
+  auto top = hn::Set(d, kMinusInfinity);
+  for (int64_t j = 0; j < kKeys; j += lanes) {
+    // In this order NaN, the sum of opposite overflows, becomes a number too.
+    const auto product = hn::Min(hn::Max(hn::Load(d, logits + j), low), high);
+    hn::Store(hn::Add(product, hn::Load(d, bias + j)), d, logits + j);
+  }
+  for (int64_t j = visible; j < kKeys; ++j) logits[j] = kMinusInfinity;
+  for (int64_t j = 0; j < kKeys; j += lanes) top = hn::Max(top, hn::Load(d, logits + j));
   const float tile_max = hn::GetLane(hn::MaxOfLanes(d, top));
   if (tile_max > *max) {
     const float factor = *max == kMinusInfinity ? 0.0f : std::exp(*max - tile_max);
@@ -125,35 +134,49 @@ HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, int64_t dv, float* max, f
     *max = tile_max;
   }
   auto total = hn::Zero(d);
-  const auto shift = hn::Set(d, *max == kMinusInfinity ? 0.0f : *max),
-             floor = hn::Set(d, -104.0f);  // exp(-104) = 0 in f32
+  const auto shift = hn::Set(d, *max), log2e = hn::Set(d, kLog2E);
   for (int64_t j = 0; j < kKeys; j += lanes) {
-    const auto x = hn::Sub(hn::Load(d, logits + j), shift);
-    const auto e = hn::IfThenElseZero(hn::Gt(x, floor), hn::Exp(d, hn::Max(x, floor)));
+    const auto e = Exp2(hn::Mul(hn::Sub(hn::Load(d, logits + j), shift), log2e));
     total = hn::Add(total, e);
     hn::Store(e, d, logits + j);
   }
   *sum += hn::GetLane(hn::SumOfLanes(d, total));
 }
 
-// All query rows against the tile in `w`. Row r may see `visible(r)` keys of it.
-template <class Visible>
-void AttendTile(const BlockWork& w, int64_t rows, int64_t depth_q, const Visible& visible) {
+// out += p * v
+HWY_INLINE void AddRow(float p, const float* HWY_RESTRICT v, int64_t dv, float* HWY_RESTRICT out) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  for (int64_t i = 0; i < dv; i += lanes)
+    hn::Store(hn::MulAdd(hn::Set(d, p), hn::Load(d, v + i), hn::Load(d, out + i)), d, out + i);
+}
+
+// All query rows against the `count` keys of the tile in `w`. Row r may see the first `visible(r)` of them; later rows
+// see no less.
+template <class Visible>
+void AttendTile(const BlockWork& w, int64_t rows, int64_t key_dim, int64_t count, const Visible& visible) {
   for (int64_t first = 0; first < rows; first += kStrip) {
     const int64_t strip = std::min(kStrip, rows - first);
-    if (visible(first + strip - 1) <= 0) continue;  // later rows see no less
-    for (int64_t r = 0; r < kStrip; ++r)
-      for (int64_t j = 0; j < kKeys; j += lanes) hn::Store(hn::Load(d, w.bias + j), d, w.logits + r * kKeys + j);
-    MultiplyStrip(w.q + first * w.dk, w.dk, w.keys, kKeys, depth_q, w.logits, kKeys, kKeys);
-    for (int64_t r = 0; r < strip; ++r) {
+    const int64_t most = std::min(visible(first + strip - 1), count);
+    if (most <= 0) continue;
+    const int64_t least = std::clamp<int64_t>(visible(first), 0, count);
+    std::fill_n(w.logits, kStrip * kKeys, 0.0f);
+    MultiplyStrip(w.q + first * w.dk, w.dk, w.keys, kKeys, key_dim, w.logits, kKeys, kKeys);
+    for (int64_t r = 0; r < kStrip; ++r) {
       float* logits = w.logits + r * kKeys;
-      for (int64_t j = std::max<int64_t>(0, visible(first + r)); j < kKeys; ++j) logits[j] = kMinusInfinity;
-      SoftmaxRow(logits, w.dv, w.max + first + r, w.sum + first + r, w.out + (first + r) * w.dv);
+      const int64_t seen = r < strip ? std::min(visible(first + r), count) : 0;
+      if (seen > 0)
+        SoftmaxRow(logits, w.bias, seen, w.dv, w.max + first + r, w.sum + first + r, w.out + (first + r) * w.dv);
+      else
+        std::fill_n(logits, kKeys, 0.0f);
     }
-    for (int64_t i = strip * kKeys; i < kStrip * kKeys; ++i) w.logits[i] = 0;
-    MultiplyStrip(w.logits, kKeys, w.values, w.dv, kKeys, w.out + first * w.dv, w.dv, w.dv);
+    // Values that all rows see, then those that the later rows alone do: the others must not even multiply them by 0.
+    // Either way a row adds its values one by one in order, so its result does not depend on its neighbours.
+    MultiplyStrip(w.logits, kKeys, w.values, w.dv, least, w.out + first * w.dv, w.dv, w.dv);
+    for (int64_t j = least; j < most; ++j)
+      for (int64_t r = 0; r < strip; ++r)
+        if (visible(first + r) > j)
+          AddRow(w.logits[r * kKeys + j], w.values + j * w.dv, w.dv, w.out + (first + r) * w.dv);
   }
 }
 
@@ -165,12 +188,11 @@ HWY_INLINE void PackRow(const BlockWork& w, const T* key, int64_t key_dim, const
   LoadRow(value, static_cast<size_t>(value_dim), w.values + at * w.dv);
 }
 
-// The tile's columns from `count` on: no key, no weight.
+// The tile's columns from `count` on: numbers, which nobody sees.
 HWY_INLINE void EndTile(const BlockWork& w, int64_t key_dim, int64_t count) {
   for (int64_t j = count; j < kKeys; ++j) {
-    w.bias[j] = kMinusInfinity;
+    w.bias[j] = 0;
     for (int64_t i = 0; i < key_dim; ++i) w.keys[i * kKeys + j] = 0;
-    std::fill_n(w.values + j * w.dv, w.dv, 0.0f);
   }
 }
 
@@ -187,7 +209,7 @@ void AttendSlab(const Slab& slab, const float* log_weight, float exponent, const
     }
     if (count == 0) return;
     EndTile(w, dk, count);
-    AttendTile(w, rows, dk, [](int64_t) { return kKeys; });
+    AttendTile(w, rows, dk, count, [](int64_t) { return kKeys; });
   }
 }
 
@@ -208,7 +230,7 @@ void AttendOwn(const BlockArgs& args, int64_t key_dim, int64_t value_dim, const 
       LoadRow(value, static_cast<size_t>(value_dim), w.values + j * w.dv);
     }
     EndTile(w, key_dim, count);
-    AttendTile(w, rows, key_dim, [&](int64_t r) { return token(r) + 1 - base; });
+    AttendTile(w, rows, key_dim, count, [&](int64_t r) { return token(r) + 1 - base; });
   }
 }
 

@@ -14,6 +14,10 @@ struct BFloat16 {
   uint16_t bits;
 };
 
+inline constexpr float kLog2E = 1.44269504088896341f;
+// Products of finite queries and keys beyond this count as this: differences of two logits must not overflow.
+inline constexpr float kLargestLogit = 1e38f;
+
 inline float ToFloat(float x) { return x; }
 inline float ToFloat(Half x) { return static_cast<float>(x); }
 inline float ToFloat(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
