@@ -37,12 +37,16 @@ python3 scripts/demo_table.py --engine "$build/byte_lm/express-lm" --model "$mod
 
 step "The model goes on writing, in 512 entries per head"
 prompt=$(mktemp)
-trap 'rm -f "$prompt"' EXIT
-bytes=12000 tokens=300
+notes=$(mktemp)
+trap 'rm -f "$prompt" "$notes"' EXIT
+bytes=9000 tokens=300
 if [[ ${#quick[@]} -ne 0 ]]; then bytes=3000 tokens=60; fi
 head -c "$bytes" "$model/demo.txt" >"$prompt"
 printf '[... the first %d bytes of demo.txt, which end in:]\n%s\n[... and the model continues:]\n' "$bytes" \
   "$(tail -c 160 "$prompt")"
+status=0
 "$build/byte_lm/express-lm" generate --model "$model" --prompt-file "$prompt" --tokens "$tokens" --policy express \
-  --budget 512 --profile "$model/profile.json"
-echo
+  --budget 512 --profile "$model/profile.json" --temperature 0.7 2>"$notes" || status=$?
+printf '\n\n'
+cat "$notes"
+exit "$status"

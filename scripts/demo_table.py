@@ -66,7 +66,8 @@ def main():
     if not options.quick and not cases:
         sys.exit(f"demo_table: no recall texts of 16384 bytes in {options.model / 'recall'}")
 
-    print(f"{tokens} bytes of demo.txt; recall of facts planted in {len(cases)} other texts of 16384 bytes\n")
+    recall = f"; recall of facts planted in {len(cases)} other texts of 16384 bytes" if cases else ""
+    print(f"{tokens} bytes of demo.txt{recall}; the model's own time is in tokens/s\n")
     print_row([title for title, _ in COLUMNS])
     print_row(["-" * width for _, width in COLUMNS])
     exact_bytes = None

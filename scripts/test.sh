@@ -23,7 +23,7 @@ cmake --preset "$preset"
 cmake --build "$build" -j "$jobs"
 
 step "Building examples/byte_lm against the installed library"
-build_engine "$build" -DCMAKE_COMPILE_WARNING_AS_ERROR="$werror"
+build_engine "$build" -DEXPRESS_LM_WERROR="$werror"
 
 # The library's tests and the engine's, as one CTest run with one summary.
 mkdir -p "$build/all_tests"
