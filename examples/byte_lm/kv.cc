@@ -169,7 +169,7 @@ void PlainKv::Attend(int64_t layer, int64_t n, const float* q, const float* k, c
     };
     thread_local std::vector<float> p;
     p.resize(static_cast<size_t>(all));
-    float top = -INFINITY, sum = 0;
+    float top = -1e30f, sum = 0;
     for (int64_t j = 0; j < all; ++j) top = std::max(top, p[static_cast<size_t>(j)] = scale * Dot(query, key(j), dim));
     for (float& x : p) sum += x = std::exp(x - top);
     float* to = out + (t * heads + h) * dim;

@@ -33,7 +33,7 @@ void Cache::ResetState() {
     protection.count = protection.weakest = 0;
     if (protection.capacity > 0) {
       std::fill_n(protection.mean, config_.key_dim, 0.0f);
-      std::fill_n(protection.sum, config_.key_dim, 0.0);
+      std::fill_n(protection.sum, config_.key_dim, 0.0f);
     }
   }
   std::fill_n(parts_.layer_peak, config_.layers, 0);

@@ -37,7 +37,7 @@ void LayoutHead(const Resolved& r, const plan::Setting& setting, Arena& arena, H
   cpu::Protection protection{};
   if (setting.protect > 0) {
     protection.mean = arena.Take<float>(c.key_dim);
-    protection.sum = arena.Take<double>(c.key_dim);
+    protection.sum = arena.Take<float>(c.key_dim);
     protection.score = arena.Take<float>(setting.protect);
     protection.slot = arena.Take<int32_t>(setting.protect);
     protection.capacity = setting.protect;

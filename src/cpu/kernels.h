@@ -54,7 +54,7 @@ bool AllFinite(const void* data, DType dtype, int64_t count);
 // The protected set of one head stream and the running mean it scores against. Arrays are the caller's.
 struct Protection {
   float* mean;       // (key_dim): mu, the centre of the scores
-  double* sum;       // (key_dim): sum of the keys that have left the tail, in order of departure
+  float* sum;        // (key_dim): sum of the keys of the running run of departures
   float* score;      // (capacity): ||k - mu||^2 at departure, for good
   int32_t* slot;     // (capacity)
   int64_t capacity;  // P
@@ -65,8 +65,8 @@ struct Protection {
 
 // Sets the centre to the mean of the keys in slots[0, count): the exact tail at the first departure.
 void CentreOn(Protection& protection, const Slab& slab, const int32_t* slots, int64_t count);
-// The entry in `slot` leaves the tail as departure number `ordinal` (0-based). When ordinal is a power of two >= 64 the
-// mean first becomes sum / ordinal. The entry is scored and added to the sum. While the set is not full, the entry
+// The entry in `slot` leaves the tail as departure number `ordinal` (0-based). After every 256th
+// departure the mean becomes that of the run. The entry is scored and added to the sum. While the set is not full, the entry
 // joins where it is (the plan knows and leaves the slot alone from then on); afterwards, if its score is strictly
 // larger than the weakest's, the two entries swap contents, so that `slot` always ends up with the loser.
 void Admit(Protection& protection, const Slab& slab, int32_t slot, uint64_t ordinal);

@@ -1,15 +1,15 @@
 // The protected set of one head stream (DESIGN 3.5): the P entries with the largest ||k - mu||^2 of all that left the
-// exact tail. A departure costs one row of arithmetic, so this is plain code; the compiler vectorises the loops over
+// exact tail, mu being the mean key of the last full run of 256 departures. A departure costs one row of arithmetic, so this is plain code; the compiler vectorises the loops over
 // the dimension.
-#include <bit>
-
 #include "src/cpu/kernels.h"
 #include "src/cpu/scalar.h"
 
 namespace express::cpu {
 namespace {
 
-constexpr uint64_t kFirstMean = 64;  // departures before the mean of departed keys replaces that of the tail
+// Scores are taken against the mean of a recent run of departed keys: keys that carry rotary positions drift, and a mean over
+// all of the past would let every newer key seem to lie far out.
+constexpr uint64_t kRun = 256;
 
 template <class T>
 const T* KeyRow(const Slab& slab, int32_t slot) {
@@ -32,7 +32,7 @@ float Score(Protection& p, const T* key, int64_t dim) {
   float score = 0;
   for (int64_t d = 0; d < dim; ++d) {
     const float x = ToFloat(key[d]), centred = x - p.mean[d];
-    p.sum[d] += static_cast<double>(x);
+    p.sum[d] += x;
     score += centred * centred;
   }
   return score;
@@ -43,17 +43,19 @@ float Score(Protection& p, const T* key, int64_t dim) {
 void CentreOn(Protection& p, const Slab& slab, const int32_t* slots, int64_t count) {
   WithType(slab.dtype, [&](auto type) {
     for (int64_t d = 0; d < slab.key_dim; ++d) {
-      double sum = 0;
-      for (int64_t i = 0; i < count; ++i)
-        sum += static_cast<double>(ToFloat(KeyRow<decltype(type)>(slab, slots[i])[d]));
-      p.mean[d] = static_cast<float>(sum / static_cast<double>(count));
+      float sum = 0;
+      for (int64_t i = 0; i < count; ++i) sum += ToFloat(KeyRow<decltype(type)>(slab, slots[i])[d]);
+      p.mean[d] = sum / static_cast<float>(count);
     }
   });
 }
 
 void Admit(Protection& p, const Slab& slab, int32_t slot, uint64_t ordinal) {
-  if (ordinal >= kFirstMean && std::has_single_bit(ordinal)) {
-    for (int64_t d = 0; d < slab.key_dim; ++d) p.mean[d] = static_cast<float>(p.sum[d] / static_cast<double>(ordinal));
+  if (ordinal > 0 && ordinal % kRun == 0) {
+    for (int64_t d = 0; d < slab.key_dim; ++d) {
+      p.mean[d] = p.sum[d] / static_cast<float>(kRun);
+      p.sum[d] = 0;
+    }
   }
   const float score =
       WithType(slab.dtype, [&](auto type) { return Score(p, KeyRow<decltype(type)>(slab, slot), slab.key_dim); });

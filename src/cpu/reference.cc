@@ -1,7 +1,6 @@
 #include "src/cpu/reference.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 
@@ -157,9 +156,11 @@ Protected::Protected(int64_t capacity, const Matrix& tail)
 
 int64_t Protected::Depart(const double* key) {
   const auto departure = score_.size();
-  // mu is the mean of the departed keys at the last power-of-two count, once 64 have left.
-  if (departure >= 64 && std::has_single_bit(departure))
-    for (size_t d = 0; d < mean_.size(); ++d) mean_[d] = sum_[d] / static_cast<double>(departure);
+  // mu is the mean of the last full run of 256 departures, and before the first that of the tail.
+  if (departure > 0 && departure % 256 == 0) {
+    for (size_t d = 0; d < mean_.size(); ++d) mean_[d] = sum_[d] / 256;
+    std::fill(sum_.begin(), sum_.end(), 0.0);
+  }
   double score = 0;
   for (size_t d = 0; d < mean_.size(); ++d) {
     score += (key[d] - mean_[d]) * (key[d] - mean_[d]);

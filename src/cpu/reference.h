@@ -81,7 +81,7 @@ class Protected {
  private:
   size_t capacity_;
   std::vector<double> mean_;   // mu
-  std::vector<double> sum_;    // of the keys that have left
+  std::vector<double> sum_;    // of the keys of the running run of departures
   std::vector<double> score_;  // of every departure
   std::vector<int64_t> members_;
 };

@@ -15,13 +15,13 @@ enum class OpKind : uint8_t {
   kWrite,   // slots[i] takes the token at position number + i, with weight 1
   kCentre,  // the scores of Admit are centred on the mean of slots: the exact tail, before its first departure
   kAdmit,   // slots[0] leaves the exact tail as departure `number` and competes with the weakest protected entry; the
-           // loser is in slots[0] afterwards (while the protected set is not full the entry joins it, and stays where
-           // it is)
+            // loser is in slots[0] afterwards (while the protected set is not full the entry joins it, and stays where
+            // it is)
   kSample,  // the reservoir slots[0] of weight total - weight takes slots[1] of weight `weight` as its candidate with
             // probability weight / total, and weighs `total`; slots[1] is free. Sample number `number`
-  kHalve,  // slots, oldest first: of each pair (2a, 2a+1) one survives, in slot 2a, and weighs `weight`; slot 2a+1 is
-           // free. Halving `number`
-  kFree,   // slots are free
+  kHalve,   // slots, oldest first: of each pair (2a, 2a+1) one survives, in slot 2a, and weighs `weight`; slot 2a+1 is
+            // free. Halving `number`
+  kFree,    // slots are free
 };
 
 struct Op {

@@ -43,7 +43,7 @@ class Admission {
 
  private:
   std::vector<float> mean_;
-  std::vector<double> sum_;
+  std::vector<float> sum_;
   std::vector<float> score_;
   std::vector<int32_t> slot_;
   int64_t departures_ = 0;
@@ -52,7 +52,7 @@ class Admission {
   Protection protection;
 };
 
-// 300 departures pass the changes of the mean at 64, 128 and 256. After each, the set and the loser are the
+// 800 departures pass the changes of the mean at 256, 512 and 768. After each, the set and the loser are the
 // reference's, and every entry's contents are what departed.
 TEST(ProtectTest, FollowsTheReference) {
   for (const DType dtype : kStorage)
@@ -69,7 +69,7 @@ TEST(ProtectTest, FollowsTheReference) {
         CentreOn(a.protection, a.slab.slab, a.tail_slots.data(), Admission::kTail);
         reference::Protected expected(capacity, Gather(a.slab.key, key_dim, a.tail_slots));
         std::map<int64_t, std::string> departed;
-        for (int64_t i = 0; i < 300; ++i) {
+        for (int64_t i = 0; i < 800; ++i) {
           drift += 0.01f;
           const int32_t slot = a.Arrive(draw);
           departed[i] = a.slab.Entry(slot);
