@@ -1,8 +1,8 @@
 // Kernel halving (DESIGN 3.1; the formula stands beside the scalar code in reference.cc).
 //
-// Pairs are decided in order, in blocks of kPairs. For a block, D_ab against all earlier pairs b is formed tile by tile
-// and summed with the signs already chosen into S_a at once, so no h x h matrix exists; then the block's own triangle
-// of D is scanned pair by pair.
+// Pairs are decided in order, in blocks. For a block, D_ab against all earlier pairs b is formed tile by tile and summed
+// with the signs already chosen into S_a at once, so no h x h matrix exists; then the block's own triangle of D is
+// scanned pair by pair.
 #include "src/cpu/kernels.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -17,20 +17,39 @@
 
 namespace express::cpu {
 
-inline constexpr int64_t kPairs = 16;    // pairs of a block
-inline constexpr int64_t kColumns = 64;  // columns are padded to a multiple of this
+inline constexpr int64_t kPairs = 24;      // pairs of a block
+inline constexpr int64_t kStrip = 3;       // pairs whose products are in registers at a time
+inline constexpr int64_t kMostPanel = 32;  // pairs of a panel at the widest target; columns are padded to these
+inline constexpr int64_t kTriangle = 64;   // columns of the panels that a block touches, at most
+inline constexpr int64_t kStaged = 4;      // pairs that are transposed at a time
+inline constexpr float kLargestCoordinate = 1e17f;  // of a key; squared norms stay finite up to 1024 of these
 
-inline int64_t PadColumns(int64_t pairs) { return (pairs + kColumns - 1) / kColumns * kColumns; }
+inline int64_t PadColumns(int64_t pairs) { return (pairs + kMostPanel - 1) / kMostPanel * kMostPanel; }
 
-// Scratch of one halving: the list, centred, transposed, and split into the first (x) and second (y) of each pair, so
-// that a vector of columns is a vector of pairs.
+// Scratch of one halving. A panel is as many pairs as fill half of kWide vectors: the list is taken apart so that a
+// vector of columns is a vector of pairs.
 struct HalveWork {
   int64_t pairs;    // h
   int64_t columns;  // h, padded
-  float* key;       // (key_dim, 2, columns): x then y
-  float* value;     // (value_dim, 2, columns)
-  float* norm;      // (2, columns): c_i
-  float* sign;      // (columns): +1 when x was kept, -1 when y was, 0 for the padding and what is not decided
+  int32_t key_dim, value_dim;
+  float* key;           // panels of (key_dim, 2, panel), x then y: centred, times sqrt(beta log2 e)
+  float* value;         // panels of (value_dim, 2, panel), x then y: over b
+  float* norm;          // (2, columns): c_i log2 e
+  float* root;          // (columns): sqrt(D_aa)
+  float* sign;          // (columns): +1 when x was kept, -1 when y was, 0 for the padding and what is not decided
+  float* mean;          // (key_dim)
+  float* staged;        // (2, kStaged, larger dim): rows on their way into a panel
+  float* key_strips;    // (kPairs / kStrip, key_dim, kStrip, 2): the block's pairs
+  float* value_strips;  // (kPairs / kStrip, value_dim, kStrip, 2)
+  float* triangle;      // (kPairs, kTriangle): D of the block's pairs with the columns of its panels
+};
+
+// What D_aa is made of.
+struct PairStats {
+  float* distance;        // (columns): ||x - y||^2 of the keys
+  float* value_x;         // (columns): ||v_x||^2
+  float* value_y;         // (columns): ||v_y||^2
+  float* value_distance;  // (columns): ||v_x - v_y||^2
 };
 
 }  // namespace express::cpu
@@ -39,101 +58,209 @@ struct HalveWork {
 HWY_BEFORE_NAMESPACE();
 namespace express::cpu::HWY_NAMESPACE {
 
-// Vectors of columns that are worked on at a time: with 32 registers two, else one.
-constexpr int64_t kVectors = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 2 : 1;
+static_assert(kSix == 2 * kStrip);
+constexpr int64_t kMaxPanel = kWide / 2 * static_cast<int64_t>(hn::MaxLanes(F32()));
+HWY_INLINE int64_t Panel() { return kWide / 2 * static_cast<int64_t>(hn::Lanes(F32())); }
 
-// The Gram entries <x_i, x_j>, <x_i, y_j>, <y_i, x_j>, <y_i, y_j> of pair `pair` with kVectors vectors of pairs from
-// `column` on.
-HWY_INLINE void Gram(const float* HWY_RESTRICT m, int64_t dim, int64_t columns, int64_t pair, int64_t column,
-                     float (&out)[2][2][kVectors * hn::MaxLanes(F32())]) {
+// The mean of the keys, and b = max |entry of v|, or 1 if all are 0. Every key is divided before it is added, so that
+// the sum cannot overflow.
+template <class T>
+float MeanAndLargest(const Slab& slab, const int32_t* slots, const HalveWork& w) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  auto xx0 = hn::Zero(d), xy0 = hn::Zero(d), yx0 = hn::Zero(d), yy0 = hn::Zero(d);
-  auto xx1 = hn::Zero(d), xy1 = hn::Zero(d), yx1 = hn::Zero(d), yy1 = hn::Zero(d);
-  for (int64_t i = 0; i < dim; ++i, m += 2 * columns) {
-    const auto rx = hn::Set(d, m[pair]), ry = hn::Set(d, m[columns + pair]);
-    const auto cx0 = hn::Load(d, m + column), cy0 = hn::Load(d, m + columns + column);
-    xx0 = hn::MulAdd(rx, cx0, xx0);
-    xy0 = hn::MulAdd(rx, cy0, xy0);
-    yx0 = hn::MulAdd(ry, cx0, yx0);
-    yy0 = hn::MulAdd(ry, cy0, yy0);
-    if constexpr (kVectors == 2) {
-      const auto cx1 = hn::Load(d, m + column + lanes), cy1 = hn::Load(d, m + columns + column + lanes);
-      xx1 = hn::MulAdd(rx, cx1, xx1);
-      xy1 = hn::MulAdd(rx, cy1, xy1);
-      yx1 = hn::MulAdd(ry, cx1, yx1);
-      yy1 = hn::MulAdd(ry, cy1, yy1);
-    }
+  const int64_t dk = slab.key_dim, dv = slab.value_dim;
+  const float inverse = 1.0f / static_cast<float>(2 * w.pairs);
+  std::fill_n(w.mean, dk, 0.0f);
+  auto top = hn::Zero(d);
+  float largest = 0;
+  for (int64_t i = 0; i < 2 * w.pairs; ++i) {
+    const T* key = static_cast<const T*>(slab.key) + slots[i] * dk;
+    const T* value = static_cast<const T*>(slab.value) + slots[i] * dv;
+    int64_t j = 0;
+    for (; j + lanes <= dk; j += lanes)
+      hn::StoreU(hn::MulAdd(LoadF32(d, key + j), hn::Set(d, inverse), hn::LoadU(d, w.mean + j)), d, w.mean + j);
+    for (; j < dk; ++j) w.mean[j] += ToFloat(key[j]) * inverse;
+    for (j = 0; j + lanes <= dv; j += lanes) top = hn::Max(top, hn::Abs(LoadF32(d, value + j)));
+    for (; j < dv; ++j) largest = std::max(largest, std::abs(ToFloat(value[j])));
   }
-  hn::Store(xx0, d, out[0][0]);
-  hn::Store(xy0, d, out[0][1]);
-  hn::Store(yx0, d, out[1][0]);
-  hn::Store(yy0, d, out[1][1]);
-  if constexpr (kVectors == 2) {
-    hn::Store(xx1, d, out[0][0] + lanes);
-    hn::Store(xy1, d, out[0][1] + lanes);
-    hn::Store(yx1, d, out[1][0] + lanes);
-    hn::Store(yy1, d, out[1][1] + lanes);
+  largest = std::max(largest, hn::GetLane(hn::MaxOfLanes(d, top)));
+  return largest > 0 ? largest : 1;
+}
+
+// to[j] = f(row[j]) for j < dim, vector by vector; the rest goes through a padded vector.
+template <class T, class F>
+HWY_INLINE void StageRow(const T* HWY_RESTRICT row, int64_t dim, const F& f, float* HWY_RESTRICT to) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t j = 0;
+  for (; j + lanes <= dim; j += lanes) hn::StoreU(f(LoadF32(d, row + j), j, lanes), d, to + j);
+  if (j == dim) return;
+  HWY_ALIGN float rest[hn::MaxLanes(F32())] = {};
+  for (int64_t i = j; i < dim; ++i) rest[i - j] = ToFloat(row[i]);
+  hn::Store(f(hn::Load(d, rest), j, dim - j), d, rest);
+  for (int64_t i = j; i < dim; ++i) to[i] = rest[i - j];
+}
+
+// ||x||^2, ||y||^2, ||x - y||^2
+HWY_INLINE void Norms(const float* HWY_RESTRICT x, const float* HWY_RESTRICT y, int64_t dim, float* xx, float* yy,
+                      float* distance) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  auto sum_x = hn::Zero(d), sum_y = sum_x, sum = sum_x;
+  int64_t j = 0;
+  for (; j + lanes <= dim; j += lanes) {
+    const auto vx = hn::LoadU(d, x + j), vy = hn::LoadU(d, y + j), difference = hn::Sub(vx, vy);
+    sum_x = hn::MulAdd(vx, vx, sum_x);
+    sum_y = hn::MulAdd(vy, vy, sum_y);
+    sum = hn::MulAdd(difference, difference, sum);
+  }
+  *xx = hn::GetLane(hn::SumOfLanes(d, sum_x));
+  *yy = hn::GetLane(hn::SumOfLanes(d, sum_y));
+  *distance = hn::GetLane(hn::SumOfLanes(d, sum));
+  for (; j < dim; ++j) {
+    *xx += x[j] * x[j];
+    *yy += y[j] * y[j];
+    *distance += (x[j] - y[j]) * (x[j] - y[j]);
   }
 }
 
-// D_ab of pair a = `pair` and the kVectors vectors of pairs b from `column` on:
+// Moves the staged pairs into columns [pair, pair + kStaged) of the panels at `to`.
+HWY_INLINE void Unstage(const float* staged, int64_t dim, int64_t pair, float* to) {
+  const int64_t panel = Panel();
+  for (int64_t half = 0; half < 2; ++half) {
+    const float* rows = staged + half * kStaged * dim;
+    if (panel % kStaged == 0) {
+      float* column = to + pair / panel * panel * 2 * dim + half * panel + pair % panel;
+      TransposeFour(rows, dim, dim, column, 2 * panel);
+      continue;
+    }
+    for (int64_t i = 0; i < kStaged; ++i) {
+      float* column = to + (pair + i) / panel * panel * 2 * dim + half * panel + (pair + i) % panel;
+      for (int64_t j = 0; j < dim; ++j) column[j * 2 * panel] = rows[i * dim + j];
+    }
+  }
+}
+
+// Fills the panels, w.norm with squared norms, and the statistics of the pairs.
+template <class T>
+void LoadPairs(const Slab& slab, const int32_t* slots, float beta, float b, const HalveWork& w, const PairStats& s) {
+  const F32 d;
+  const int64_t dk = slab.key_dim, dv = slab.value_dim;
+  const auto scale = hn::Set(d, std::sqrt(std::max(0.0f, beta) * kLog2E)), divisor = hn::Set(d, b);
+  const auto limit = hn::Set(d, kLargestCoordinate), minus_limit = hn::Set(d, -kLargestCoordinate);
+  const auto centre = [&](auto x, int64_t j, int64_t count) HWY_ATTR {
+    HWY_ALIGN float rest[hn::MaxLanes(F32())] = {};
+    const bool whole = count == static_cast<int64_t>(hn::Lanes(d));
+    if (!whole) std::copy_n(w.mean + j, count, rest);
+    const auto centred = hn::Mul(hn::Sub(x, whole ? hn::LoadU(d, w.mean + j) : hn::Load(d, rest)), scale);
+    return hn::Min(hn::Max(centred, minus_limit), limit);
+  };
+  const auto divide = [&](auto x, int64_t, int64_t) HWY_ATTR { return hn::Div(x, divisor); };
+  for (int64_t first = 0; first < w.columns; first += kStaged) {
+    const int64_t count = std::clamp<int64_t>(w.pairs - first, 0, kStaged);
+    if (count < kStaged) std::fill_n(w.staged, 2 * kStaged * dk, 0.0f);
+    for (int64_t i = 0; i < 2 * count; ++i)
+      StageRow(static_cast<const T*>(slab.key) + slots[2 * first + i] * dk, dk, centre,
+               w.staged + (i % 2 * kStaged + i / 2) * dk);
+    for (int64_t i = 0; i < kStaged; ++i) {
+      const int64_t a = first + i;
+      const float* x = w.staged + i * dk;
+      Norms(x, x + kStaged * dk, dk, w.norm + a, w.norm + w.columns + a, s.distance + a);
+    }
+    Unstage(w.staged, dk, first, w.key);
+    if (count < kStaged) std::fill_n(w.staged, 2 * kStaged * dv, 0.0f);
+    for (int64_t i = 0; i < 2 * count; ++i)
+      StageRow(static_cast<const T*>(slab.value) + slots[2 * first + i] * dv, dv, divide,
+               w.staged + (i % 2 * kStaged + i / 2) * dv);
+    for (int64_t i = 0; i < kStaged; ++i) {
+      const int64_t a = first + i;
+      const float* x = w.staged + i * dv;
+      Norms(x, x + kStaged * dv, dv, s.value_x + a, s.value_y + a, s.value_distance + a);
+    }
+    Unstage(w.staged, dv, first, w.value);
+  }
+}
+
+void LoadList(const Slab& slab, const int32_t* slots, float beta, const HalveWork& w, const PairStats& stats) {
+  WithType(slab.dtype, [&](auto type) {
+    const float b = MeanAndLargest<decltype(type)>(slab, slots, w);
+    LoadPairs<decltype(type)>(slab, slots, beta, b, w, stats);
+  });
+}
+
+// Copies the block's pairs out of the panels, to be read row by row.
+HWY_INLINE void PackStrips(const float* panels, int64_t dim, int64_t first, int64_t count, float* strips) {
+  const int64_t panel = Panel();
+  for (int64_t i = 0; i < (count + kStrip - 1) / kStrip * kStrip; ++i) {
+    float* to = strips + i / kStrip * dim * kSix + i % kStrip * 2;
+    // A strip may end behind the list: any pair will do.
+    const int64_t a = std::min(first + i, first + count - 1);
+    const float* column = panels + a / panel * panel * 2 * dim + a % panel;
+    for (int64_t j = 0; j < dim; ++j) {
+      to[j * kSix] = column[j * 2 * panel];
+      to[j * kSix + 1] = column[j * 2 * panel + panel];
+    }
+  }
+}
+
+// D_ab of the strip's pairs a (from `pair` on, its rows at key_strip and value_strip) and the pairs b of a panel that
+// begins at `column`, to out (kStrip, kTriangle):
 //   kappa(x_a, x_b) - kappa(x_a, y_b) - kappa(y_a, x_b) + kappa(y_a, y_b),
-//   kappa(i, j) = exp(beta <k_i, k_j> - c_i - c_j) (<v_i, v_j> + b^2)
-HWY_INLINE void PairProducts(const HalveWork& w, int32_t key_dim, int32_t value_dim, float beta, float b2, int64_t pair,
-                             int64_t column, float* HWY_RESTRICT out) {
+//   kappa(i, j) = 2^(<k_i, k_j> - c_i - c_j) (<v_i, v_j> + 1)
+HWY_INLINE void StripProducts(const HalveWork& w, const float* key_strip, const float* value_strip, int64_t pair,
+                              int64_t column, float* HWY_RESTRICT out) {
   const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  HWY_ALIGN float keys[2][2][kVectors * hn::MaxLanes(F32())];
-  HWY_ALIGN float values[2][2][kVectors * hn::MaxLanes(F32())];
-  Gram(w.key, key_dim, w.columns, pair, column, keys);
-  Gram(w.value, value_dim, w.columns, pair, column, values);
-  const auto scale = hn::Set(d, beta), offset = hn::Set(d, b2), zero = hn::Zero(d);
-  for (int64_t vector = 0; vector < kVectors; ++vector) {
-    const int64_t at = vector * lanes;
-    const auto kappa = [&](int row, int col) {
-      const auto ci = hn::Set(d, w.norm[row * w.columns + pair]);
-      const auto cj = hn::Load(d, w.norm + col * w.columns + column + at);
-      const auto exponent = hn::MulSub(scale, hn::Load(d, keys[row][col] + at), hn::Add(ci, cj));
-      // No exponent is positive but for rounding.
-      return hn::Mul(Exp2(hn::Mul(hn::Min(exponent, zero), hn::Set(d, kLog2E))),
-                     hn::Add(hn::Load(d, values[row][col] + at), offset));
-    };
-    const auto same = hn::Add(kappa(0, 0), kappa(1, 1)), other = hn::Add(kappa(0, 1), kappa(1, 0));
-    hn::Store(hn::Sub(same, other), d, out + at);
-  }
-}
-
-// S_a += sum_b sign_b D_ab over the columns [0, end), end a multiple of kColumns; for the pairs [first, first + count).
-void Accumulate(const HalveWork& w, int32_t key_dim, int32_t value_dim, float beta, float b2, int64_t first,
-                int64_t count, int64_t end, float* sums) {
-  const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d)), step = kVectors * lanes;
-  HWY_ALIGN float products[kVectors * hn::MaxLanes(F32())];
-  HWY_ALIGN float partial[kPairs][hn::MaxLanes(F32())] = {};
-  for (int64_t column = 0; column < end; column += step)
-    for (int64_t a = 0; a < count; ++a) {
-      PairProducts(w, key_dim, value_dim, beta, b2, first + a, column, products);
-      auto sum = hn::Load(d, partial[a]);
-      for (int64_t at = 0; at < step; at += lanes)
-        sum = hn::MulAdd(hn::Load(d, w.sign + column + at), hn::Load(d, products + at), sum);
-      hn::Store(sum, d, partial[a]);
-    }
-  for (int64_t a = 0; a < count; ++a) sums[a] += hn::GetLane(hn::SumOfLanes(d, hn::Load(d, partial[a])));
-}
-
-// D of the block's own pairs: triangle (count, kColumns), row a against the kColumns columns that hold the block.
-void Triangle(const HalveWork& w, int32_t key_dim, int32_t value_dim, float beta, float b2, int64_t first,
-              int64_t count, float* triangle) {
-  const F32 d;
-  const auto step = kVectors * static_cast<int64_t>(hn::Lanes(d));
-  const int64_t base = first / kColumns * kColumns;
-  for (int64_t a = 0; a < count; ++a)
-    for (int64_t column = base; column < base + kColumns; column += step) {
-      if (column + step <= first || column > first + a) continue;  // decided already, or later than a
-      PairProducts(w, key_dim, value_dim, beta, b2, first + a, column, triangle + a * kColumns + (column - base));
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d)), panel = Panel();
+  HWY_ALIGN float keys[kSix * 2 * kMaxPanel];    // (kStrip, 2, 2, panel)
+  HWY_ALIGN float values[kSix * 2 * kMaxPanel];  // (kStrip, 2, 2, panel)
+  Multiply<kWide, false>(key_strip, 1, kSix, w.key + column * 2 * w.key_dim, 2 * panel, w.key_dim, keys, 2 * panel);
+  Multiply<kWide, false>(value_strip, 1, kSix, w.value + column * 2 * w.value_dim, 2 * panel, w.value_dim, values,
+                         2 * panel);
+  const auto zero = hn::Zero(d), one = hn::Set(d, 1.0f);
+  for (int64_t a = 0; a < kStrip; ++a)
+    for (int64_t at = 0; at < panel; at += lanes) {
+      const int64_t row = std::min(pair + a, w.pairs - 1);
+      const auto kappa = [&](int64_t i, int64_t j) HWY_ATTR {
+        const auto ci = hn::Set(d, w.norm[i * w.columns + row]);
+        const auto cj = hn::Load(d, w.norm + j * w.columns + column + at);
+        const int64_t entry = (2 * a + i) * 2 * panel + j * panel + at;
+        // No exponent is positive but for rounding.
+        const auto exponent = hn::Min(hn::Sub(hn::Load(d, keys + entry), hn::Add(ci, cj)), zero);
+        return hn::Mul(Exp2(exponent), hn::Add(hn::Load(d, values + entry), one));
+      };
+      const auto same = hn::Add(kappa(0, 0), kappa(1, 1)), other = hn::Add(kappa(0, 1), kappa(1, 0));
+      hn::Store(hn::Sub(same, other), d, out + a * kTriangle + at);
     }
 }
+
+// For the block's pairs a, first <= a < first + count: sums[a - first] = sum of sign_b D_ab over all pairs b decided so
+// far, and D_ab of the panels from that of `first` on in the triangle.
+void BlockProducts(const HalveWork& w, int64_t first, int64_t count, float* sums) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d)), panel = Panel();
+  const int64_t own = first / panel * panel;                   // where the panels of the block itself begin
+  HWY_ALIGN float partial[kPairs * hn::MaxLanes(F32())] = {};  // (kPairs, lanes)
+  HWY_ALIGN float products[kStrip * kTriangle];
+  PackStrips(w.key, w.key_dim, first, count, w.key_strips);
+  PackStrips(w.value, w.value_dim, first, count, w.value_strips);
+  for (int64_t column = 0; column < first + count; column += panel)
+    for (int64_t a = 0; a < count; a += kStrip) {
+      if (column > first + a + kStrip - 1) continue;  // all later than a
+      float* out = column < own ? products : w.triangle + a * kTriangle + (column - own);
+      StripProducts(w, w.key_strips + a * 2 * w.key_dim, w.value_strips + a * 2 * w.value_dim, first + a, column, out);
+      for (int64_t i = 0; i < kStrip; ++i) {
+        float* to = partial + (a + i) * lanes;
+        auto sum = hn::Load(d, to);
+        for (int64_t at = 0; at < panel; at += lanes)
+          sum = hn::MulAdd(hn::Load(d, w.sign + column + at), hn::Load(d, out + i * kTriangle + at), sum);
+        hn::Store(sum, d, to);
+      }
+    }
+  for (int64_t a = 0; a < count; ++a) sums[a] = hn::GetLane(hn::SumOfLanes(d, hn::Load(d, partial + a * lanes)));
+}
+
+// The first column of the triangle of the block that begins at `first`.
+int64_t TriangleBegin(int64_t first) { return first / Panel() * Panel(); }
 
 }  // namespace express::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
@@ -141,132 +268,115 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace express::cpu {
 
-HWY_EXPORT(Accumulate);
-HWY_EXPORT(Triangle);
+HWY_EXPORT(LoadList);
+HWY_EXPORT(BlockProducts);
+HWY_EXPORT(TriangleBegin);
 
 namespace {
 
-// Takes the list apart into `work`: centred keys, values, c_i; returns b.
-template <class T>
-float LoadList(const Slab& slab, const int32_t* slots, const HalveParams& params, HalveWork& w, float* mean) {
-  const int64_t count = 2 * w.pairs, dk = slab.key_dim, dv = slab.value_dim;
-  const auto key_row = [&](int64_t i) { return static_cast<const T*>(slab.key) + slots[i] * dk; };
-  const auto value_row = [&](int64_t i) { return static_cast<const T*>(slab.value) + slots[i] * dv; };
-  std::fill_n(w.key, dk * 2 * w.columns, 0.0f);
-  std::fill_n(w.value, dv * 2 * w.columns, 0.0f);
-  std::fill_n(w.norm, 2 * w.columns, 0.0f);
-  std::fill_n(w.sign, w.columns, 0.0f);
-  std::fill_n(mean, dk, 0.0f);
-  for (int64_t i = 0; i < count; ++i) {
-    const T* row = key_row(i);
-    for (int64_t d = 0; d < dk; ++d) mean[d] += ToFloat(row[d]);
+// From squared norms to c_i = gamma ||k_i||^2 / 2 + (1 - gamma) max_j ||k_j||^2 / 2, and to sqrt(D_aa). With A^2 and
+// B^2 the exponentials of kappa(x, x) and kappa(y, y), and A B G that of kappa(x, y), G = 2^(-||x - y||^2 / 2),
+//   D_aa = A^2 (||v_x||^2 + 1) + B^2 (||v_y||^2 + 1) - 2 A B G (<v_x, v_y> + 1)
+//        = A B ||v_x - v_y||^2 + (A - B) (A ||v_x||^2 - B ||v_y||^2) + (A - B)^2 + 2 A B (1 - G) (<v_x, v_y> + 1),
+// where nothing cancels: exactly 0 for x = y.
+void FinishNorms(float gamma, const HalveWork& w, const PairStats& s) {
+  float largest = 0;
+  for (int64_t half = 0; half < 2; ++half)
+    for (int64_t a = 0; a < w.pairs; ++a) largest = std::max(largest, w.norm[half * w.columns + a]);
+  for (int64_t a = 0; a < w.columns; ++a) {
+    float &norm_x = w.norm[a], &norm_y = w.norm[w.columns + a];
+    const float x = std::exp2(0.5f * (1 - gamma) * (norm_x - largest));
+    const float y = std::exp2(0.5f * (1 - gamma) * (norm_y - largest));
+    const float apart = -std::expm1(-0.5f * s.distance[a] / kLog2E);
+    const float product = 0.5f * (s.value_x[a] + s.value_y[a] - s.value_distance[a]);
+    const float square = x * y * s.value_distance[a] + (x - y) * (x * s.value_x[a] - y * s.value_y[a]) +
+                         (x - y) * (x - y) + 2 * x * y * apart * (product + 1);
+    w.root[a] = std::sqrt(std::max(0.0f, square));
+    norm_x = 0.5f * (gamma * norm_x + (1 - gamma) * largest);
+    norm_y = 0.5f * (gamma * norm_y + (1 - gamma) * largest);
   }
-  for (int64_t d = 0; d < dk; ++d) mean[d] /= static_cast<float>(count);
-  float largest = 0, largest_norm = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const T* key = key_row(i);
-    const T* value = value_row(i);
-    const int64_t at = i % 2 * w.columns + i / 2;
-    float norm = 0;
-    for (int64_t d = 0; d < dk; ++d) {
-      const float x = ToFloat(key[d]) - mean[d];
-      w.key[d * 2 * w.columns + at] = x;
-      norm += x * x;
-    }
-    for (int64_t d = 0; d < dv; ++d) {
-      const float x = ToFloat(value[d]);
-      w.value[d * 2 * w.columns + at] = x;
-      largest = std::max(largest, std::abs(x));
-    }
-    w.norm[at] = norm;
-    largest_norm = std::max(largest_norm, norm);
-  }
-  // c_i = gamma beta ||k_i||^2 / 2 + (1 - gamma) beta max_j ||k_j||^2 / 2
-  const float half = 0.5f * params.scale, gamma = params.gamma;
-  for (int64_t i = 0; i < count; ++i) {
-    float& c = w.norm[i % 2 * w.columns + i / 2];
-    c = half * (gamma * c + (1 - gamma) * largest_norm);
-  }
-  return largest;
+}
+
+float Uniform(const StreamKey& key, RandomPurpose purpose, uint64_t number, int64_t index) {
+  return UniformFromBits(DrawBits(key, purpose, number, static_cast<uint32_t>(index)));
 }
 
 // Decides all pairs; sign[a] = +1 keeps x_a. The list is in `w`.
-void Decide(const Slab& slab, const HalveParams& params, const StreamKey& key, uint64_t number, float b2, HalveWork& w,
-            float* triangle) {
+void Decide(const HalveParams& params, const StreamKey& key, uint64_t number, const HalveWork& w) {
   const float factor =
       params.tau *
       static_cast<float>(0.5 + std::log(2.0 * static_cast<double>(2 * w.pairs) / static_cast<double>(params.delta)));
+  std::fill_n(w.sign, w.columns, 0.0f);
   float largest = 0;  // max_{b <= a} sqrt(D_bb)
   for (int64_t first = 0; first < w.pairs; first += kPairs) {
-    const int64_t count = std::min(kPairs, w.pairs - first), base = first / kColumns * kColumns;
-    float sums[kPairs] = {};
-    // Whole groups of columns; decided pairs of the block's own group have their signs, the others 0.
-    if (first > 0) HWY_DYNAMIC_DISPATCH(Accumulate)
-    (w, slab.key_dim, slab.value_dim, params.scale, b2, first, count, PadColumns(first), sums);
-    HWY_DYNAMIC_DISPATCH(Triangle)(w, slab.key_dim, slab.value_dim, params.scale, b2, first, count, triangle);
+    const int64_t count = std::min(kPairs, w.pairs - first);
+    float sums[kPairs];
+    HWY_DYNAMIC_DISPATCH(BlockProducts)(w, first, count, sums);
+    const int64_t own = first - HWY_DYNAMIC_DISPATCH(TriangleBegin)(first);
     for (int64_t i = 0; i < count; ++i) {
       const int64_t a = first + i;
-      const float* row = triangle + i * kColumns + (first - base);
+      const float* row = w.triangle + i * kTriangle + own;
       float sum = sums[i];
       for (int64_t j = 0; j < i; ++j) sum += w.sign[first + j] * row[j];
-      const float root = std::sqrt(std::max(0.0f, row[i]));
-      largest = std::max(largest, root);
-      const float threshold = factor * root * largest;
-      const float r = UniformFromBits(DrawBits(key, RandomPurpose::kHalve, number, static_cast<uint32_t>(a)));
+      largest = std::max(largest, w.root[a]);
+      const float threshold = factor * w.root[a] * largest;
+      const float r = Uniform(key, RandomPurpose::kHalve, number, a);
       const bool keep_y = threshold > 0 && a > 0 ? (2 * r - 1) * threshold < sum : r < 0.5f;
       w.sign[a] = keep_y ? -1.0f : 1.0f;
     }
   }
 }
 
-void DecideByCoins(const StreamKey& key, uint64_t number, HalveWork& w) {
-  for (int64_t a = 0; a < w.pairs; ++a) {
-    const float r = UniformFromBits(DrawBits(key, RandomPurpose::kHalve, number, static_cast<uint32_t>(a)));
-    w.sign[a] = r < 0.5f ? -1.0f : 1.0f;
-  }
-}
-
-HalveWork Layout(const Slab& slab, int64_t pairs, void* scratch, float** mean, float** triangle) {
-  HalveWork w{};
-  w.pairs = pairs;
-  w.columns = PadColumns(pairs);
-  auto* at = static_cast<float*>(scratch);
+// Lays the scratch out from `at` (null: only counts); returns its floats.
+int64_t Layout(int64_t pairs, int32_t key_dim, int32_t value_dim, float* at, HalveWork* w, PairStats* s) {
+  int64_t used = 0;
   const auto take = [&](int64_t floats) {
-    float* taken = at;
-    at += (floats + 15) / 16 * 16;  // 64-byte alignment
+    float* taken = at != nullptr ? at + used : nullptr;
+    used += (floats + 15) / 16 * 16;  // 64-byte alignment
     return taken;
   };
-  w.key = take(slab.key_dim * 2 * w.columns);
-  w.value = take(slab.value_dim * 2 * w.columns);
-  w.norm = take(2 * w.columns);
-  w.sign = take(w.columns);
-  *mean = take(slab.key_dim);
-  *triangle = take(kPairs * kColumns);
-  return w;
+  const int64_t columns = PadColumns(pairs), strips = std::min(pairs + kStrip, kPairs);
+  *w = {.pairs = pairs,
+        .columns = columns,
+        .key_dim = key_dim,
+        .value_dim = value_dim,
+        .key = take(columns * 2 * key_dim),
+        .value = take(columns * 2 * value_dim),
+        .norm = take(2 * columns),
+        .root = take(columns),
+        .sign = take(columns),
+        .mean = take(key_dim),
+        .staged = take(2 * kStaged * std::max(key_dim, value_dim)),
+        .key_strips = take(strips * 2 * key_dim),
+        .value_strips = take(strips * 2 * value_dim),
+        .triangle = take(kPairs * kTriangle)};
+  *s = {.distance = take(columns), .value_x = take(columns), .value_y = take(columns), .value_distance = take(columns)};
+  return used;
 }
 
 }  // namespace
 
 size_t HalveScratchBytes(int64_t count, int32_t key_dim, int32_t value_dim) {
-  const int64_t columns = PadColumns((count + 1) / 2);
-  const int64_t floats = columns * (2 * (int64_t{key_dim} + value_dim) + 3) + key_dim + 16 + kPairs * kColumns;
-  return static_cast<size_t>((floats + 15) / 16 * 16) * sizeof(float);
+  HalveWork w;
+  PairStats s;
+  return static_cast<size_t>(Layout((count + 1) / 2, key_dim, value_dim, nullptr, &w, &s)) * sizeof(float);
 }
 
 void Halve(const Slab& slab, const int32_t* slots, int64_t count, const HalveParams& params, const StreamKey& key,
            uint64_t number, void* scratch) {
-  float *mean = nullptr, *triangle = nullptr;
-  HalveWork w = Layout(slab, count / 2, scratch, &mean, &triangle);
-  if (params.coin) {
-    DecideByCoins(key, number, w);
-  } else {
-    const float b =
-        WithType(slab.dtype, [&](auto type) { return LoadList<decltype(type)>(slab, slots, params, w, mean); });
-    Decide(slab, params, key, number, b > 0 ? b * b : 1.0f, w, triangle);
+  HalveWork w;
+  PairStats stats;
+  Layout(count / 2, slab.key_dim, slab.value_dim, static_cast<float*>(scratch), &w, &stats);
+  if (!params.coin) {
+    HWY_DYNAMIC_DISPATCH(LoadList)(slab, slots, params.scale, w, stats);
+    FinishNorms(params.gamma, w, stats);
+    Decide(params, key, number, w);
   }
-  const bool complement = UniformFromBits(DrawBits(key, RandomPurpose::kComplement, number, 0)) < 0.5f;
-  for (int64_t a = 0; a < w.pairs; ++a)
-    if ((w.sign[a] < 0) != complement) CopyEntry(slab, slots[2 * a + 1], slots[2 * a]);
+  const bool complement = Uniform(key, RandomPurpose::kComplement, number, 0) < 0.5f;
+  for (int64_t a = 0; a < w.pairs; ++a) {
+    const bool keep_y = params.coin ? Uniform(key, RandomPurpose::kHalve, number, a) < 0.5f : w.sign[a] < 0;
+    if (keep_y != complement) CopyEntry(slab, slots[2 * a + 1], slots[2 * a]);
+  }
 }
 
 }  // namespace express::cpu

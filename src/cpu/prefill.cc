@@ -43,72 +43,18 @@ struct BlockWork {
 HWY_BEFORE_NAMESPACE();
 namespace express::cpu::HWY_NAMESPACE {
 
+static_assert(kStrip == kSix);
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// c[r][0, kWidth vectors) += sum_i a[r][i] b[i][...] for kStrip rows; `depth` steps.
-template <int64_t kWidth>
-HWY_INLINE void Multiply(const float* HWY_RESTRICT a, int64_t a_stride, const float* HWY_RESTRICT b, int64_t b_stride,
-                         int64_t depth, float* HWY_RESTRICT c, int64_t c_stride) {
-  static_assert(kStrip == 6);
-  const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  const auto load = [&](int64_t r, int64_t w) HWY_ATTR { return hn::Load(d, c + r * c_stride + w * lanes); };
-  auto c00 = load(0, 0), c10 = load(1, 0), c20 = load(2, 0), c30 = load(3, 0), c40 = load(4, 0), c50 = load(5, 0);
-  auto c01 = c00, c11 = c10, c21 = c20, c31 = c30, c41 = c40, c51 = c50;
-  auto c02 = c00, c12 = c10, c22 = c20, c32 = c30, c42 = c40, c52 = c50;
-  auto c03 = c00, c13 = c10, c23 = c20, c33 = c30, c43 = c40, c53 = c50;
-  if constexpr (kWidth > 1)
-    c01 = load(0, 1), c11 = load(1, 1), c21 = load(2, 1), c31 = load(3, 1), c41 = load(4, 1), c51 = load(5, 1);
-  if constexpr (kWidth > 2)
-    c02 = load(0, 2), c12 = load(1, 2), c22 = load(2, 2), c32 = load(3, 2), c42 = load(4, 2), c52 = load(5, 2);
-  if constexpr (kWidth > 3)
-    c03 = load(0, 3), c13 = load(1, 3), c23 = load(2, 3), c33 = load(3, 3), c43 = load(4, 3), c53 = load(5, 3);
-  for (int64_t i = 0; i < depth; ++i) {
-    const float* row = b + i * b_stride;
-    const auto b0 = hn::Load(d, row);
-    auto b1 = b0, b2 = b0, b3 = b0;
-    if constexpr (kWidth > 1) b1 = hn::Load(d, row + lanes);
-    if constexpr (kWidth > 2) b2 = hn::Load(d, row + 2 * lanes);
-    if constexpr (kWidth > 3) b3 = hn::Load(d, row + 3 * lanes);
-    const auto step = [&](int64_t r, auto& x0, auto& x1, auto& x2, auto& x3) HWY_ATTR {
-      const auto x = hn::Set(d, a[r * a_stride + i]);
-      x0 = hn::MulAdd(x, b0, x0);
-      if constexpr (kWidth > 1) x1 = hn::MulAdd(x, b1, x1);
-      if constexpr (kWidth > 2) x2 = hn::MulAdd(x, b2, x2);
-      if constexpr (kWidth > 3) x3 = hn::MulAdd(x, b3, x3);
-    };
-    step(0, c00, c01, c02, c03);
-    step(1, c10, c11, c12, c13);
-    step(2, c20, c21, c22, c23);
-    step(3, c30, c31, c32, c33);
-    step(4, c40, c41, c42, c43);
-    step(5, c50, c51, c52, c53);
-  }
-  const auto store = [&](int64_t r, auto x0, auto x1, auto x2, auto x3) HWY_ATTR {
-    float* to = c + r * c_stride;
-    hn::Store(x0, d, to);
-    if constexpr (kWidth > 1) hn::Store(x1, d, to + lanes);
-    if constexpr (kWidth > 2) hn::Store(x2, d, to + 2 * lanes);
-    if constexpr (kWidth > 3) hn::Store(x3, d, to + 3 * lanes);
-  };
-  store(0, c00, c01, c02, c03);
-  store(1, c10, c11, c12, c13);
-  store(2, c20, c21, c22, c23);
-  store(3, c30, c31, c32, c33);
-  store(4, c40, c41, c42, c43);
-  store(5, c50, c51, c52, c53);
-}
-
-// The same over `width` columns, a multiple of 16.
-HWY_INLINE void MultiplyStrip(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t depth,
-                              float* c, int64_t c_stride, int64_t width) {
-  const F32 d;
-  constexpr int64_t kWidth = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 4 : 2;  // registers: 24 or 12 sums
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+// Multiply over `width` columns, a multiple of 16.
+template <bool kAdd>
+HWY_INLINE void MultiplyStrip(const float* a, int64_t a_row, const float* b, int64_t b_row, int64_t depth, float* c,
+                              int64_t c_row, int64_t width) {
+  const auto lanes = static_cast<int64_t>(hn::Lanes(F32()));
   int64_t at = 0;
-  for (; at + kWidth * lanes <= width; at += kWidth * lanes)
-    Multiply<kWidth>(a, a_stride, b + at, b_stride, depth, c + at, c_stride);
-  for (; at < width; at += lanes) Multiply<1>(a, a_stride, b + at, b_stride, depth, c + at, c_stride);
+  for (; at + kWide * lanes <= width; at += kWide * lanes)
+    Multiply<kWide, kAdd>(a, a_row, 1, b + at, b_row, depth, c + at, c_row);
+  for (; at < width; at += lanes) Multiply<1, kAdd>(a, a_row, 1, b + at, b_row, depth, c + at, c_row);
 }
 
 // Turns one row of products <q, k_j> into exp(logit_j - max), logit_j = product + bias_j, after bringing the row's state
@@ -160,8 +106,7 @@ void AttendTile(const BlockWork& w, int64_t rows, int64_t key_dim, int64_t count
     const int64_t most = std::min(visible(first + strip - 1), count);
     if (most <= 0) continue;
     const int64_t least = std::clamp<int64_t>(visible(first), 0, count);
-    std::fill_n(w.logits, kStrip * kKeys, 0.0f);
-    MultiplyStrip(w.q + first * w.dk, w.dk, w.keys, kKeys, key_dim, w.logits, kKeys, kKeys);
+    MultiplyStrip<false>(w.q + first * w.dk, w.dk, w.keys, kKeys, key_dim, w.logits, kKeys, kKeys);
     for (int64_t r = 0; r < kStrip; ++r) {
       float* logits = w.logits + r * kKeys;
       const int64_t seen = r < strip ? std::min(visible(first + r), count) : 0;
@@ -172,7 +117,7 @@ void AttendTile(const BlockWork& w, int64_t rows, int64_t key_dim, int64_t count
     }
     // Values that all rows see, then those that the later rows alone do: the others must not even multiply them by 0.
     // Either way a row adds its values one by one in order, so its result does not depend on its neighbours.
-    MultiplyStrip(w.logits, kKeys, w.values, w.dv, least, w.out + first * w.dv, w.dv, w.dv);
+    MultiplyStrip<true>(w.logits, kKeys, w.values, w.dv, least, w.out + first * w.dv, w.dv, w.dv);
     for (int64_t j = least; j < most; ++j)
       for (int64_t r = 0; r < strip; ++r)
         if (visible(first + r) > j)

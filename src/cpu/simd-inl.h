@@ -169,6 +169,66 @@ HWY_INLINE void TransposeFour(const float* HWY_RESTRICT rows, int64_t row_stride
   }
 }
 
+// The register-blocked product behind halving and prefill: rows whose sums are in registers, and vectors of columns
+// (24 or 12 sums, by the number of registers).
+constexpr int64_t kSix = 6;
+constexpr int64_t kWide = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64 ? 4 : 2;
+
+// c[r][j] = sum_i a[r][i] b[i][j], or += if kAdd, for kSix rows r, kWidth vectors of columns j and i < depth.
+// a[r][i] is at a + r * a_row + i * a_step; rows of b and c are b_row and c_row apart, and aligned to vectors.
+template <int64_t kWidth, bool kAdd>
+HWY_INLINE void Multiply(const float* HWY_RESTRICT a, int64_t a_row, int64_t a_step, const float* HWY_RESTRICT b,
+                         int64_t b_row, int64_t depth, float* HWY_RESTRICT c, int64_t c_row) {
+  static_assert(kSix == 6);
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto load = [&](int64_t r, int64_t w)
+                        HWY_ATTR { return kAdd ? hn::Load(d, c + r * c_row + w * lanes) : hn::Zero(d); };
+  auto c00 = load(0, 0), c10 = load(1, 0), c20 = load(2, 0), c30 = load(3, 0), c40 = load(4, 0), c50 = load(5, 0);
+  auto c01 = c00, c11 = c10, c21 = c20, c31 = c30, c41 = c40, c51 = c50;
+  auto c02 = c00, c12 = c10, c22 = c20, c32 = c30, c42 = c40, c52 = c50;
+  auto c03 = c00, c13 = c10, c23 = c20, c33 = c30, c43 = c40, c53 = c50;
+  if constexpr (kWidth > 1)
+    c01 = load(0, 1), c11 = load(1, 1), c21 = load(2, 1), c31 = load(3, 1), c41 = load(4, 1), c51 = load(5, 1);
+  if constexpr (kWidth > 2)
+    c02 = load(0, 2), c12 = load(1, 2), c22 = load(2, 2), c32 = load(3, 2), c42 = load(4, 2), c52 = load(5, 2);
+  if constexpr (kWidth > 3)
+    c03 = load(0, 3), c13 = load(1, 3), c23 = load(2, 3), c33 = load(3, 3), c43 = load(4, 3), c53 = load(5, 3);
+  for (int64_t i = 0; i < depth; ++i, b += b_row) {
+    const auto b0 = hn::Load(d, b);
+    auto b1 = b0, b2 = b0, b3 = b0;
+    if constexpr (kWidth > 1) b1 = hn::Load(d, b + lanes);
+    if constexpr (kWidth > 2) b2 = hn::Load(d, b + 2 * lanes);
+    if constexpr (kWidth > 3) b3 = hn::Load(d, b + 3 * lanes);
+    const auto step = [&](int64_t r, auto& x0, auto& x1, auto& x2, auto& x3) HWY_ATTR {
+      const auto x = hn::Set(d, a[r * a_row + i * a_step]);
+      x0 = hn::MulAdd(x, b0, x0);
+      if constexpr (kWidth > 1) x1 = hn::MulAdd(x, b1, x1);
+      if constexpr (kWidth > 2) x2 = hn::MulAdd(x, b2, x2);
+      if constexpr (kWidth > 3) x3 = hn::MulAdd(x, b3, x3);
+    };
+    step(0, c00, c01, c02, c03);
+    step(1, c10, c11, c12, c13);
+    step(2, c20, c21, c22, c23);
+    step(3, c30, c31, c32, c33);
+    step(4, c40, c41, c42, c43);
+    step(5, c50, c51, c52, c53);
+  }
+  const auto store = [&](int64_t r, auto x0, auto x1, auto x2, auto x3) HWY_ATTR {
+    float* to = c + r * c_row;
+    hn::Store(x0, d, to);
+    if constexpr (kWidth > 1) hn::Store(x1, d, to + lanes);
+    if constexpr (kWidth > 2) hn::Store(x2, d, to + 2 * lanes);
+    if constexpr (kWidth > 3) hn::Store(x3, d, to + 3 * lanes);
+  };
+  store(0, c00, c01, c02, c03);
+  store(1, c10, c11, c12, c13);
+  store(2, c20, c21, c22, c23);
+  store(3, c30, c31, c32, c33);
+  store(4, c40, c41, c42, c43);
+  store(5, c50, c51, c52, c53);
+}
+
 }  // namespace express::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
