@@ -36,8 +36,9 @@ void Cache::ResetState() {
       std::fill_n(protection.sum, config_.key_dim, 0.0f);
     }
   }
+  std::fill_n(parts_.layer_entries, config_.layers, 0);
   std::fill_n(parts_.layer_peak, config_.layers, 0);
-  entries_peak_ = 0;
+  entries_ = entries_peak_ = 0;
   compress_nanoseconds_ = 0;
   broken_ = false;
 }
@@ -137,6 +138,7 @@ Status Cache::Compress(int32_t layer, int64_t tokens, int64_t* achieved) {
     }
     room = std::min(room, plan.RoomBeforeHalving());
   }
+  CountEntries(0, config_.layers);
   broken_ = false;
   if (achieved != nullptr) *achieved = room;
   return Status();
@@ -161,6 +163,7 @@ Status Cache::Rollback(int64_t tokens) {
     parts_.plans[i].plan.Rollback(tokens, parts_.operations);
     ApplyWeights(parts_.plans[i], 0, parts_.operations.size());
   }
+  CountEntries(0, config_.layers);
   return Status();
 }
 

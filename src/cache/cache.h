@@ -53,11 +53,12 @@ struct BatchItem {
 
 // The parts of a cache, all in one arena.
 struct Parts {
-  PlanState* plans;      // (plan_count), by layer
-  HeadState* heads;      // (layers, kv_heads)
-  int32_t* plan_heads;   // (layers, kv_heads): head indices grouped by plan
-  int32_t* layer_plans;  // (layers + 1): plans of layer l are [layer_plans[l], layer_plans[l + 1])
-  int64_t* layer_peak;   // (layers): most entries held after a call
+  PlanState* plans;        // (plan_count), by layer
+  HeadState* heads;        // (layers, kv_heads)
+  int32_t* plan_heads;     // (layers, kv_heads): head indices grouped by plan
+  int32_t* layer_plans;    // (layers + 1): plans of layer l are [layer_plans[l], layer_plans[l + 1])
+  int64_t* layer_entries;  // (layers): entries held now
+  int64_t* layer_peak;     // (layers): most entries held after a call
   int32_t plan_count;
   plan::Operations operations;
   BatchItem* batch;  // (plan_count)
@@ -139,7 +140,7 @@ class Cache {
   bool ExecuteOperations(int32_t plan);  // all of parts_.operations, on one plan
   void ApplyWeights(PlanState& state, int64_t op_begin, int64_t op_end);
   void ExecuteHead(HeadState& head, const BatchItem& item, const Input* input, int32_t worker);
-  void CountEntries();
+  void CountEntries(int32_t first_layer, int32_t layers);
   Status Broken();
 
   // attend.cc
@@ -151,6 +152,7 @@ class Cache {
   int64_t bytes_;
   Threads threads_;
   cpu::HalveParams halve_;
+  int64_t entries_ = 0;
   int64_t entries_peak_ = 0;
   int64_t entries_budget_ = 0;
   bool broken_ = false;

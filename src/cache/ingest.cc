@@ -53,7 +53,7 @@ Status Cache::Ingest(const Input& input) {
     }
     if (!ExecuteBatch(items, &input)) return Broken();
   }
-  CountEntries();
+  CountEntries(input.first_layer, input.layers);
   broken_ = false;
   return Status();
 }
@@ -166,17 +166,17 @@ void Cache::ExecuteHead(HeadState& head, const BatchItem& item, const Input* inp
   compress_nanoseconds_.fetch_add(Nanoseconds() - begin, std::memory_order_relaxed);
 }
 
-// After a mutating call: the entries held, and their peaks.
-void Cache::CountEntries() {
-  int64_t all = 0;
-  for (int32_t layer = 0; layer < config_.layers; ++layer) {
+// After a mutating call on these layers: the entries held, and their peaks.
+void Cache::CountEntries(int32_t first_layer, int32_t layers) {
+  for (int32_t layer = first_layer; layer < first_layer + layers; ++layer) {
     int64_t entries = 0;
     for (int32_t i = first_plan(layer); i < end_plan(layer); ++i)
       entries += parts_.plans[i].plan.live() * parts_.plans[i].head_count;
+    entries_ += entries - parts_.layer_entries[layer];
+    parts_.layer_entries[layer] = entries;
     parts_.layer_peak[layer] = std::max(parts_.layer_peak[layer], entries);
-    all += entries;
   }
-  entries_peak_ = std::max(entries_peak_, all);
+  entries_peak_ = std::max(entries_peak_, entries_);
 }
 
 }  // namespace express::cache

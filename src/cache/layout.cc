@@ -58,6 +58,7 @@ Parts Cache::Layout(const Resolved& r, Arena& arena) {
   parts.heads = arena.Take<HeadState>(heads);
   parts.plan_heads = arena.Take<int32_t>(heads);
   parts.layer_plans = arena.Take<int32_t>(int64_t{c.layers} + 1);
+  parts.layer_entries = arena.Take<int64_t>(c.layers);
   parts.layer_peak = arena.Take<int64_t>(c.layers);
 
   // KV heads of a layer that have the same setting share a plan: head h belongs to the first head of its kind.
