@@ -352,7 +352,7 @@ typedef struct express_stats {
   int64_t halvings;        /* since creation or reset, counted once per plan (KV heads of one setting share it) */
   int64_t bytes;           /* of the whole cache, now */
   int64_t bytes_peak;      /* of the whole cache, at most, a prefill workspace of the caller included */
-  double compress_seconds; /* time in halvings and admissions, summed over threads */
+  double compress_seconds; /* time in writes, admissions and halvings, summed over threads */
 } express_stats;
 
 #define EXPRESS_STATS_INIT \
