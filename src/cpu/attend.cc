@@ -1,9 +1,11 @@
 // Decode attention over a slab: bounded by the bandwidth of memory, so every key and value is read once for all query
 // rows of its KV head.
 #include "src/cpu/kernels.h"
+#include "src/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/cpu/attend.cc"
+#include "hwy/cache_control.h"
 #include "hwy/foreach_target.h"
 #include "src/cpu/simd-inl.h"
 
@@ -12,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <utility>
 
 namespace express::cpu {
 inline constexpr int64_t kTile = 64;  // live slots whose logits are formed before their values are read
@@ -23,71 +26,181 @@ namespace express::cpu::HWY_NAMESPACE {
 
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-// logits[r][j] = <q_r, k_j> for kRows query rows and the tile's keys.
+// Rows that are worked on together, and sums in registers: 16 with 32 registers, else 8.
+constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
+constexpr int kMostRows = kManyRegisters ? 8 : 4;
+constexpr int kSums = kManyRegisters ? 16 : 8;
+constexpr int kMostKeys = 8;
+
+// f(0), ..., f(kCount - 1) with constants, so that arrays of vectors stay in registers.
+template <int kCount, class F>
+HWY_INLINE void Unroll(const F& f) {
+  [&]<int... kI>(std::integer_sequence<int, kI...>) EXPRESS_INLINE_LAMBDA {
+    (f(std::integral_constant<int, kI>()), ...);
+  }
+  (std::make_integer_sequence<int, kCount>());
+}
+
+// A row of `dim` elements as vectors. The last one, if dim is no multiple of a vector, ends where the row ends: the
+// elements that it shares with the one before are masked, and nothing past the row is read.
+struct RowVectors {
+  explicit RowVectors(int64_t dim)
+      : lanes(static_cast<int64_t>(hn::Lanes(F32()))), whole(dim / lanes * lanes), tail(dim - lanes) {}
+  int64_t lanes;
+  int64_t whole;                                        // elements in whole vectors
+  int64_t tail;                                         // where the last vector begins
+  HWY_INLINE hn::Vec<F32> Mask(hn::Vec<F32> x) const {  // of the last vector
+    return hn::IfThenZeroElse(hn::FirstN(F32(), static_cast<size_t>(whole - tail)), x);
+  }
+};
+
+#if HWY_TARGET != HWY_SCALAR
+// The sum of a vector's blocks of four lanes.
+template <class D>
+HWY_INLINE hn::Vec<hn::FixedTag<float, 4>> SumBlocks(D d, hn::Vec<D> v) {
+  if constexpr (hn::MaxLanes(D()) == 4) {
+    (void)d;
+    return v;
+  } else {
+    const hn::Half<D> half;
+    return SumBlocks(half, hn::Add(hn::LowerHalf(half, v), hn::UpperHalf(half, v)));
+  }
+}
+#endif
+
+// The sums of the lanes of four vectors, to to[0, 4).
+HWY_INLINE void StoreSums(hn::Vec<F32> a, hn::Vec<F32> b, hn::Vec<F32> c, hn::Vec<F32> e, float* HWY_RESTRICT to) {
+#if HWY_TARGET == HWY_SCALAR
+  to[0] = hn::GetLane(a), to[1] = hn::GetLane(b), to[2] = hn::GetLane(c), to[3] = hn::GetLane(e);
+#else
+  const F32 d;
+  const hn::Repartition<uint64_t, F32> d64;
+  const auto ab = hn::Add(hn::InterleaveLower(d, a, b), hn::InterleaveUpper(d, a, b));  // a02 b02 a13 b13
+  const auto ce = hn::Add(hn::InterleaveLower(d, c, e), hn::InterleaveUpper(d, c, e));
+  const auto ab64 = hn::BitCast(d64, ab), ce64 = hn::BitCast(d64, ce);
+  const auto sums = hn::Add(hn::BitCast(d, hn::InterleaveLower(d64, ab64, ce64)),
+                            hn::BitCast(d, hn::InterleaveUpper(d64, ab64, ce64)));  // of each block of four lanes
+  hn::StoreU(SumBlocks(d, sums), hn::FixedTag<float, 4>(), to);
+#endif
+}
+
+// Rows that will be needed next: the tile's values while its keys are read, the next tile's keys while its values are.
+// Memory is then busy throughout; without this it waits for arithmetic, and arithmetic for it.
+template <class T>
+struct Ahead {
+  const T* data;         // null: nothing to fetch
+  const int32_t* slots;  // (kTile)
+  int64_t dim;
+  // Elements [begin, begin + count) of row j, those that exist.
+  HWY_INLINE void Fetch(int64_t j, int64_t begin, int64_t count) const {
+    if (data == nullptr) return;
+    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+    const int64_t end = std::min(begin + count, dim);
+    const T* row = data + slots[j] * dim;
+    for (int64_t i = begin; i < end; i += kLine) hwy::Prefetch(row + i);
+  }
+};
+
+// logits[r][j] = <q_r, k_j> for kRows query rows and the tile's keys. Slots are readable up to a multiple of kMostKeys.
 template <int kRows, class T>
 HWY_INLINE void TileLogits(const T* HWY_RESTRICT key, int64_t dim, const int32_t* slots, int64_t count,
-                           const float* HWY_RESTRICT q, float* HWY_RESTRICT logits) {
+                           const float* HWY_RESTRICT q, const Ahead<T>& ahead, float* HWY_RESTRICT logits) {
   const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  for (int64_t j = 0; j < count; ++j) {
-    const T* HWY_RESTRICT k = key + slots[j] * dim;
-    auto s0 = hn::Zero(d), s1 = hn::Zero(d), s2 = hn::Zero(d), s3 = hn::Zero(d);
-    int64_t i = 0;
-    for (; i + lanes <= dim; i += lanes) {
-      const auto x = LoadF32(d, k + i);
-      s0 = hn::MulAdd(x, hn::LoadU(d, q + i), s0);
-      if constexpr (kRows > 1) s1 = hn::MulAdd(x, hn::LoadU(d, q + dim + i), s1);
-      if constexpr (kRows > 2) s2 = hn::MulAdd(x, hn::LoadU(d, q + 2 * dim + i), s2);
-      if constexpr (kRows > 3) s3 = hn::MulAdd(x, hn::LoadU(d, q + 3 * dim + i), s3);
-    }
-    float sum[4] = {hn::GetLane(hn::SumOfLanes(d, s0)), 0, 0, 0};
-    if constexpr (kRows > 1) sum[1] = hn::GetLane(hn::SumOfLanes(d, s1));
-    if constexpr (kRows > 2) sum[2] = hn::GetLane(hn::SumOfLanes(d, s2));
-    if constexpr (kRows > 3) sum[3] = hn::GetLane(hn::SumOfLanes(d, s3));
-    for (; i < dim; ++i)
-      for (int r = 0; r < kRows; ++r) sum[r] += q[r * dim + i] * ToFloat(k[i]);
-    for (int r = 0; r < kRows; ++r) logits[r * kTile + j] = sum[r];
+  constexpr int kKeysAtOnce = std::min(kMostKeys, kSums / kRows);
+  static_assert(kKeysAtOnce % 2 == 0);
+  const RowVectors row(dim);
+  for (int64_t j = 0; j < count; j += kKeysAtOnce) {
+    const T* keys[kKeysAtOnce];
+    Unroll<kKeysAtOnce>([&](auto k) EXPRESS_INLINE_LAMBDA {
+      keys[k] = key + slots[j + k] * dim;
+      ahead.Fetch(j + k, 0, ahead.dim);
+    });
+    hn::Vec<F32> sums[kRows * kKeysAtOnce];
+    Unroll<kRows * kKeysAtOnce>([&](auto i) EXPRESS_INLINE_LAMBDA { sums[i] = hn::Zero(d); });
+    const auto add = [&](int64_t at, auto masked) EXPRESS_INLINE_LAMBDA {
+      hn::Vec<F32> x[kKeysAtOnce];
+      Unroll<kKeysAtOnce>([&](auto k) EXPRESS_INLINE_LAMBDA {
+        x[k] = LoadF32(d, keys[k] + at);
+        if constexpr (masked.value) x[k] = row.Mask(x[k]);
+      });
+      Unroll<kRows>([&](auto r) EXPRESS_INLINE_LAMBDA {
+        const auto y = hn::LoadU(d, q + r * dim + at);
+        Unroll<kKeysAtOnce>([&](auto k) EXPRESS_INLINE_LAMBDA {
+          sums[r * kKeysAtOnce + k] = hn::MulAdd(x[k], y, sums[r * kKeysAtOnce + k]);
+        });
+      });
+    };
+    for (int64_t at = 0; at < row.whole; at += row.lanes) add(at, std::false_type());
+    if (row.whole < dim) add(row.tail, std::true_type());
+    Unroll<kRows * kKeysAtOnce / 4>([&](auto group) EXPRESS_INLINE_LAMBDA {
+      constexpr int kFirst = group.value * 4;
+      float four[4];
+      StoreSums(sums[kFirst], sums[kFirst + 1], sums[kFirst + 2], sums[kFirst + 3], four);
+      Unroll<4>([&](auto i) EXPRESS_INLINE_LAMBDA {
+        constexpr int kSum = kFirst + i.value;
+        logits[kSum / kKeysAtOnce * kTile + j + kSum % kKeysAtOnce] = four[i];
+      });
+    });
   }
 }
 
-// out[r] += sum_j p[r][j] v_j for kRows rows.
+// out[r] += sum_j p[r][j] v_j for kRows rows and kWidth vectors of the dimension, from `at` on.
+template <int kRows, int kWidth, bool kMasked, class T>
+HWY_INLINE void AddValues(const T* HWY_RESTRICT value, int64_t dim, const int32_t* slots, int64_t count,
+                          const float* HWY_RESTRICT p, int64_t at, const RowVectors& row, const Ahead<T>& ahead,
+                          float* HWY_RESTRICT out) {
+  const F32 d;
+  hn::Vec<F32> sums[kRows * kWidth];
+  Unroll<kRows * kWidth>([&](auto i) EXPRESS_INLINE_LAMBDA {
+    sums[i] = hn::LoadU(d, out + i / kWidth * dim + at + i % kWidth * row.lanes);
+  });
+  for (int64_t j = 0; j < count; ++j) {
+    const T* v = value + slots[j] * dim + at;
+    ahead.Fetch(j, at, kWidth * row.lanes);
+    hn::Vec<F32> x[kWidth];
+    Unroll<kWidth>([&](auto w) EXPRESS_INLINE_LAMBDA {
+      x[w] = LoadF32(d, v + w * row.lanes);
+      if constexpr (kMasked) x[w] = row.Mask(x[w]);
+    });
+    Unroll<kRows>([&](auto r) EXPRESS_INLINE_LAMBDA {
+      const auto weight = hn::Set(d, p[r * kTile + j]);
+      Unroll<kWidth>(
+          [&](auto w) EXPRESS_INLINE_LAMBDA { sums[r * kWidth + w] = hn::MulAdd(weight, x[w], sums[r * kWidth + w]); });
+    });
+  }
+  Unroll<kRows * kWidth>([&](auto i) EXPRESS_INLINE_LAMBDA {
+    hn::StoreU(sums[i], d, out + i / kWidth * dim + at + i % kWidth * row.lanes);
+  });
+}
+
 template <int kRows, class T>
 HWY_INLINE void TileValues(const T* HWY_RESTRICT value, int64_t dim, const int32_t* slots, int64_t count,
-                           const float* HWY_RESTRICT p, float* HWY_RESTRICT out) {
-  const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  int64_t i = 0;
-  for (; i + 2 * lanes <= dim; i += 2 * lanes) {  // two vectors of the dimension at a time, summed in registers
-    hn::Vec<F32> a0 = hn::LoadU(d, out + i), b0 = hn::LoadU(d, out + i + lanes);
-    hn::Vec<F32> a1 = hn::Zero(d), b1 = a1, a2 = a1, b2 = a1, a3 = a1, b3 = a1;
-    if constexpr (kRows > 1) a1 = hn::LoadU(d, out + dim + i), b1 = hn::LoadU(d, out + dim + i + lanes);
-    if constexpr (kRows > 2) a2 = hn::LoadU(d, out + 2 * dim + i), b2 = hn::LoadU(d, out + 2 * dim + i + lanes);
-    if constexpr (kRows > 3) a3 = hn::LoadU(d, out + 3 * dim + i), b3 = hn::LoadU(d, out + 3 * dim + i + lanes);
-    for (int64_t j = 0; j < count; ++j) {
-      const T* HWY_RESTRICT v = value + slots[j] * dim + i;
-      const auto x = LoadF32(d, v), y = LoadF32(d, v + lanes);
-      const auto add = [&](int r, auto& a, auto& b) HWY_ATTR {
-        const auto weight = hn::Set(d, p[r * kTile + j]);
-        a = hn::MulAdd(weight, x, a);
-        b = hn::MulAdd(weight, y, b);
-      };
-      add(0, a0, b0);
-      if constexpr (kRows > 1) add(1, a1, b1);
-      if constexpr (kRows > 2) add(2, a2, b2);
-      if constexpr (kRows > 3) add(3, a3, b3);
-    }
-    const auto store = [&](int r, auto a, auto b) HWY_ATTR {
-      hn::StoreU(a, d, out + r * dim + i);
-      hn::StoreU(b, d, out + r * dim + i + lanes);
-    };
-    store(0, a0, b0);
-    if constexpr (kRows > 1) store(1, a1, b1);
-    if constexpr (kRows > 2) store(2, a2, b2);
-    if constexpr (kRows > 3) store(3, a3, b3);
+                           const float* HWY_RESTRICT p, const Ahead<T>& ahead, float* HWY_RESTRICT out) {
+  constexpr int kWidth = std::min(8, kSums / kRows);
+  const RowVectors row(dim);
+  int64_t at = 0;
+  for (; at + kWidth * row.lanes <= dim; at += kWidth * row.lanes)
+    AddValues<kRows, kWidth, false>(value, dim, slots, count, p, at, row, ahead, out);
+  if constexpr (kWidth > 2)
+    for (; at + 2 * row.lanes <= dim; at += 2 * row.lanes)
+      AddValues<kRows, 2, false>(value, dim, slots, count, p, at, row, ahead, out);
+  for (; at < row.whole; at += row.lanes) AddValues<kRows, 1, false>(value, dim, slots, count, p, at, row, ahead, out);
+  if (at < dim) AddValues<kRows, 1, true>(value, dim, slots, count, p, row.tail, row, ahead, out);
+}
+
+// The same two products for rows shorter than a vector.
+template <class T>
+void ShortLogits(const T* key, int64_t dim, const int32_t* slots, int64_t count, const float* q, float* logits) {
+  for (int64_t j = 0; j < count; ++j) {
+    float sum = 0;
+    for (int64_t i = 0; i < dim; ++i) sum += q[i] * ToFloat(key[slots[j] * dim + i]);
+    logits[j] = sum;
   }
-  for (; i < dim; ++i)
-    for (int r = 0; r < kRows; ++r)
-      for (int64_t j = 0; j < count; ++j) out[r * dim + i] += p[r * kTile + j] * ToFloat(value[slots[j] * dim + i]);
+}
+template <class T>
+void ShortValues(const T* value, int64_t dim, const int32_t* slots, int64_t count, const float* p, float* out) {
+  for (int64_t j = 0; j < count; ++j)
+    for (int64_t i = 0; i < dim; ++i) out[i] += p[j] * ToFloat(value[slots[j] * dim + i]);
 }
 
 // Turns a row of products <q, k_j> into exp(logit_j - max), logit_j = product + bias_j, after bringing the row's state to
@@ -122,14 +235,37 @@ HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, const float* HWY_RESTRICT
   *sum += hn::GetLane(hn::SumOfLanes(d, total));
 }
 
-// Calls f(std::integral_constant<int, rows>()) for groups of four rows and the rest.
+// Calls f(std::integral_constant<int, rows>(), first row) for groups of at most kMostRows rows.
 template <class F>
 HWY_INLINE void ByRows(int64_t rows, const F& f) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>(), r);
-  if (rows - r == 3) f(std::integral_constant<int, 3>(), r);
-  if (rows - r == 2) f(std::integral_constant<int, 2>(), r);
-  if (rows - r == 1) f(std::integral_constant<int, 1>(), r);
+  for (; r + kMostRows <= rows; r += kMostRows) f(std::integral_constant<int, kMostRows>(), r);
+  if constexpr (kMostRows > 4)
+    for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>(), r);
+  for (; r + 2 <= rows; r += 2) f(std::integral_constant<int, 2>(), r);
+  if (r < rows) f(std::integral_constant<int, 1>(), r);
+}
+
+// Live slots and their biases; behind the last one it is repeated, with bias -inf.
+struct Tile {
+  int64_t count;
+  int32_t slots[kTile];
+  HWY_ALIGN float bias[kTile];
+};
+
+// The next live slots from `next` on, at most kTile.
+HWY_INLINE void NextTile(const float* HWY_RESTRICT log_weight, float exponent, int64_t end, int64_t* next, Tile* tile) {
+  int64_t count = 0;
+  for (; *next < end && count < kTile; ++*next) {
+    const float log_w = log_weight[*next];
+    if (log_w == kMinusInfinity) continue;
+    tile->bias[count] = exponent * log_w;
+    tile->slots[count++] = static_cast<int32_t>(*next);
+  }
+  tile->count = count;
+  if (count == 0) return;
+  std::fill_n(tile->bias + count, kTile - count, kMinusInfinity);
+  std::fill_n(tile->slots + count, kTile - count, tile->slots[count - 1]);
 }
 
 template <class T>
@@ -137,29 +273,31 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
                  const float* q, int64_t rows, const Partial& partial) {
   const auto* key = static_cast<const T*>(slab.key);
   const auto* value = static_cast<const T*>(slab.value);
-  const int64_t dk = slab.key_dim, dv = slab.value_dim;
+  const int64_t dk = slab.key_dim, dv = slab.value_dim, lanes = static_cast<int64_t>(hn::Lanes(F32()));
   HWY_ALIGN float logits[kMaxQueryRows][kTile] = {};
-  HWY_ALIGN float bias[kTile];
-  int32_t slots[kTile];
+  Tile tiles[2];
   std::fill_n(partial.max, rows, kMinusInfinity);
   std::fill_n(partial.sum, rows, 0.0f);
   std::fill_n(partial.out, rows * dv, 0.0f);
-  for (int64_t next = begin; next < end;) {
-    int64_t count = 0;  // live slots of the tile
-    for (; next < end && count < kTile; ++next) {
-      if (log_weight[next] == kMinusInfinity) continue;
-      bias[count] = exponent * log_weight[next];
-      slots[count++] = static_cast<int32_t>(next);
-    }
-    if (count == 0) break;
-    std::fill_n(bias + count, kTile - count, kMinusInfinity);
-    ByRows(rows,
-           [&](auto n, int64_t r) HWY_ATTR { TileLogits<n.value>(key, dk, slots, count, q + r * dk, logits[r]); });
-    for (int64_t r = 0; r < rows; ++r) {
-      SoftmaxRow(logits[r], bias, dv, partial.max + r, partial.sum + r, partial.out + r * dv);
-    }
-    ByRows(rows, [&](auto n, int64_t r)
-                     HWY_ATTR { TileValues<n.value>(value, dv, slots, count, logits[r], partial.out + r * dv); });
+  int64_t next = begin;
+  NextTile(log_weight, exponent, end, &next, &tiles[0]);
+  for (int turn = 0; tiles[turn].count > 0; turn = 1 - turn) {
+    const Tile& tile = tiles[turn];
+    Tile& later = tiles[1 - turn];
+    NextTile(log_weight, exponent, end, &next, &later);
+    ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
+      const Ahead<T> ahead{r == 0 ? value : nullptr, tile.slots, dv};
+      if (dk >= lanes) return TileLogits<n.value>(key, dk, tile.slots, tile.count, q + r * dk, ahead, logits[r]);
+      for (int64_t i = r; i < r + n.value; ++i) ShortLogits(key, dk, tile.slots, tile.count, q + i * dk, logits[i]);
+    });
+    for (int64_t r = 0; r < rows; ++r)
+      SoftmaxRow(logits[r], tile.bias, dv, partial.max + r, partial.sum + r, partial.out + r * dv);
+    ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
+      float* out = partial.out + r * dv;
+      const Ahead<T> ahead{r == 0 && later.count > 0 ? key : nullptr, later.slots, dk};
+      if (dv >= lanes) return TileValues<n.value>(value, dv, tile.slots, tile.count, logits[r], ahead, out);
+      for (int64_t i = 0; i < n.value; ++i) ShortValues(value, dv, tile.slots, tile.count, logits[r + i], out + i * dv);
+    });
   }
 }
 

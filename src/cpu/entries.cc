@@ -1,5 +1,6 @@
 // Entries in and out of a slab: conversion of storage types, copies, swaps.
 #include "src/cpu/kernels.h"
+#include "src/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/cpu/entries.cc"

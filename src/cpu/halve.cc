@@ -4,6 +4,7 @@
 // with the signs already chosen into S_a at once, so no h x h matrix exists; then the block's own triangle of D is
 // scanned pair by pair.
 #include "src/cpu/kernels.h"
+#include "src/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/cpu/halve.cc"

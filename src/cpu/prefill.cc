@@ -4,6 +4,7 @@
 // Bounded by arithmetic: tiles of kTile keys and values are unpacked once (keys transposed) and met by kQueries query
 // rows at a time.
 #include "src/cpu/kernels.h"
+#include "src/cpu/targets.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "src/cpu/prefill.cc"

@@ -9,7 +9,11 @@
 
 namespace express::cpu {
 
+#if defined(__aarch64__) && !defined(__clang__)
+typedef __fp16 Half;  // g++ 12 has no _Float16 here
+#else
 __extension__ typedef _Float16 Half;
+#endif
 struct BFloat16 {
   uint16_t bits;
 };

@@ -1,9 +1,10 @@
 // The SIMD targets, for tests.
-#include "hwy/targets.h"
+#include "src/cpu/targets.h"
 
 #include <vector>
 
 #include "hwy/highway.h"
+#include "hwy/targets.h"
 #include "src/cpu/kernels.h"
 
 namespace express::cpu {

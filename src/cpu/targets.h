@@ -1,0 +1,12 @@
+// How SIMD code is compiled: targets and attributes; to be included before anything of Highway.
+#ifndef EXPRESS_SRC_CPU_TARGETS_H_
+#define EXPRESS_SRC_CPU_TARGETS_H_
+
+// Vectors of unknown length cannot be elements of arrays, which the kernels keep their sums in; those machines have
+// NEON too.
+#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+
+// Behind the parameters of a lambda that holds vector code: it must be inlined for its vectors to stay in registers.
+#define EXPRESS_INLINE_LAMBDA HWY_ATTR __attribute__((always_inline))
+
+#endif  // EXPRESS_SRC_CPU_TARGETS_H_
