@@ -17,7 +17,7 @@
 #include <utility>
 
 namespace express::cpu {
-inline constexpr int64_t kTile = 64;  // live slots whose logits are formed before their values are read
+inline constexpr int64_t kTile = 32;  // live slots whose logits are formed before their values are read
 }
 #endif  // EXPRESS_SRC_CPU_ATTEND_SHARED_
 
@@ -28,7 +28,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // Rows that are worked on together, and sums in registers: 16 with 32 registers, else 8.
 constexpr bool kManyRegisters = HWY_TARGET <= HWY_AVX3 || HWY_ARCH_ARM_A64;
-constexpr int kMostRows = kManyRegisters ? 8 : 4;
+constexpr int kMostRows = 4;
 constexpr int kSums = kManyRegisters ? 16 : 8;
 constexpr int kMostKeys = 8;
 

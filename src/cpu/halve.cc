@@ -368,14 +368,16 @@ void Halve(const Slab& slab, const int32_t* slots, int64_t count, const HalvePar
   HalveWork w;
   PairStats stats;
   Layout(count / 2, slab.key_dim, slab.value_dim, static_cast<float*>(scratch), &w, &stats);
-  if (!params.coin) {
+  // The first pair of a list is a fair coin, and short lists are many: a list of one pair needs no products.
+  const bool coins = params.coin || w.pairs == 1;
+  if (!coins) {
     HWY_DYNAMIC_DISPATCH(LoadList)(slab, slots, params.scale, w, stats);
     FinishNorms(params.gamma, w, stats);
     Decide(params, key, number, w);
   }
   const bool complement = Uniform(key, RandomPurpose::kComplement, number, 0) < 0.5f;
   for (int64_t a = 0; a < w.pairs; ++a) {
-    const bool keep_y = params.coin ? Uniform(key, RandomPurpose::kHalve, number, a) < 0.5f : w.sign[a] < 0;
+    const bool keep_y = coins ? Uniform(key, RandomPurpose::kHalve, number, a) < 0.5f : w.sign[a] < 0;
     if (keep_y != complement) CopyEntry(slab, slots[2 * a + 1], slots[2 * a]);
   }
 }
