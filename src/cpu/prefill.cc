@@ -29,6 +29,7 @@ inline int64_t Padded(int64_t n) { return (n + 15) / 16 * 16; }  // to whole vec
 struct BlockWork {
   int64_t dk, dv;
   float* keys;    // (dk, kKeys): a tile, transposed
+  float* staged;  // (4, dk): keys on their way into the tile
   float* values;  // (kKeys, dv)
   float* bias;    // (kKeys): exponent * log_weight
   float* q;       // (kQueries, dk), times the softmax scale
@@ -126,20 +127,22 @@ void AttendTile(const BlockWork& w, int64_t rows, int64_t key_dim, int64_t count
   }
 }
 
-// Unpacks row `key` and `value` as column / row `at` of the tile.
-template <class T>
-HWY_INLINE void PackRow(const BlockWork& w, const T* key, int64_t key_dim, const T* value, int64_t value_dim,
+// Unpacks a key as column `at` of the tile, and a value as row `at`. Keys are transposed four at a time.
+template <class K, class V>
+HWY_INLINE void PackRow(const BlockWork& w, const K* key, int64_t key_dim, const V* value, int64_t value_dim,
                         int64_t at) {
-  for (int64_t i = 0; i < key_dim; ++i) w.keys[i * kKeys + at] = ToFloat(key[i]);
+  LoadRow(key, static_cast<size_t>(key_dim), w.staged + at % 4 * w.dk);
+  if (at % 4 == 3) TransposeFour(w.staged, w.dk, key_dim, w.keys + at - 3, kKeys);
   LoadRow(value, static_cast<size_t>(value_dim), w.values + at * w.dv);
 }
 
 // The tile's columns from `count` on: numbers, which nobody sees.
 HWY_INLINE void EndTile(const BlockWork& w, int64_t key_dim, int64_t count) {
-  for (int64_t j = count; j < kKeys; ++j) {
-    w.bias[j] = 0;
-    for (int64_t i = 0; i < key_dim; ++i) w.keys[i * kKeys + j] = 0;
-  }
+  int64_t end = count;
+  for (; end % 4 != 0; ++end) std::fill_n(w.staged + end % 4 * w.dk, key_dim, 0.0f);
+  if (end != count) TransposeFour(w.staged, w.dk, key_dim, w.keys + end - 4, kKeys);
+  for (int64_t i = 0; i < key_dim; ++i) std::fill_n(w.keys + i * kKeys + end, kKeys - end, 0.0f);
+  std::fill_n(w.bias + count, kKeys - count, 0.0f);
 }
 
 template <class T>
@@ -172,8 +175,7 @@ void AttendOwn(const BlockArgs& args, int64_t key_dim, int64_t value_dim, const 
       w.bias[j] = 0;
       const K* key = static_cast<const K*>(args.key.data) + (base + j) * args.key.stride;
       const V* value = static_cast<const V*>(args.value.data) + (base + j) * args.value.stride;
-      for (int64_t i = 0; i < key_dim; ++i) w.keys[i * kKeys + j] = ToFloat(key[i]);
-      LoadRow(value, static_cast<size_t>(value_dim), w.values + j * w.dv);
+      PackRow(w, key, key_dim, value, value_dim, j);
     }
     EndTile(w, key_dim, count);
     AttendTile(w, rows, key_dim, count, [&](int64_t r) { return token(r) + 1 - base; });
@@ -210,6 +212,7 @@ int64_t Layout(int32_t key_dim, int32_t value_dim, float* at, BlockWork* w) {
     return taken;
   };
   w->keys = take(w->dk * kKeys);
+  w->staged = take(4 * w->dk);
   w->values = take(kKeys * w->dv);
   w->bias = take(kKeys);
   w->q = take(kQueries * w->dk);
