@@ -33,8 +33,8 @@ struct HalveWork {
   int64_t pairs;    // h
   int64_t columns;  // h, padded
   int32_t key_dim, value_dim;
-  float* key;           // panels of (key_dim, 2, panel), x then y: centred, times sqrt(beta log2 e)
-  float* value;         // panels of (value_dim, 2, panel), x then y: over b
+  float* key;           // panels of (key_dim, panel / lanes, 2, lanes), x then y: centred, times sqrt(beta log2 e)
+  float* value;         // panels of (value_dim, panel / lanes, 2, lanes): over b
   float* norm;          // (2, columns): c_i log2 e
   float* root;          // (columns): sqrt(D_aa)
   float* sign;          // (columns): +1 when x was kept, -1 when y was, 0 for the padding and what is not decided
@@ -62,6 +62,12 @@ namespace express::cpu::HWY_NAMESPACE {
 static_assert(kSix == 2 * kStrip);
 constexpr int64_t kMaxPanel = kWide / 2 * static_cast<int64_t>(hn::MaxLanes(F32()));
 HWY_INLINE int64_t Panel() { return kWide / 2 * static_cast<int64_t>(hn::Lanes(F32())); }
+// Where pair a begins in the panels of rows of `dim` elements; its y is one vector behind its x, and its next element
+// 2 Panel() on. A row of a panel is a vector of x, one of y, and so on.
+HWY_INLINE int64_t PairAt(int64_t a, int64_t dim) {
+  const auto lanes = static_cast<int64_t>(hn::Lanes(F32())), panel = Panel();
+  return a / panel * panel * 2 * dim + a % panel / lanes * 2 * lanes + a % lanes;
+}
 
 // The mean of the keys, and b = max |entry of v|, or 1 if all are 0. Every key is divided before it is added, so that
 // the sum cannot overflow.
@@ -127,17 +133,16 @@ HWY_INLINE void Norms(const float* HWY_RESTRICT x, const float* HWY_RESTRICT y, 
 
 // Moves the staged pairs into columns [pair, pair + kStaged) of the panels at `to`.
 HWY_INLINE void Unstage(const float* staged, int64_t dim, int64_t pair, float* to) {
-  const int64_t panel = Panel();
+  const auto lanes = static_cast<int64_t>(hn::Lanes(F32())), step = 2 * Panel();
   for (int64_t half = 0; half < 2; ++half) {
     const float* rows = staged + half * kStaged * dim;
-    if (panel % kStaged == 0) {
-      float* column = to + pair / panel * panel * 2 * dim + half * panel + pair % panel;
-      TransposeFour(rows, dim, dim, column, 2 * panel);
+    if (lanes % kStaged == 0) {
+      TransposeFour(rows, dim, dim, to + PairAt(pair, dim) + half * lanes, step);
       continue;
     }
     for (int64_t i = 0; i < kStaged; ++i) {
-      float* column = to + (pair + i) / panel * panel * 2 * dim + half * panel + (pair + i) % panel;
-      for (int64_t j = 0; j < dim; ++j) column[j * 2 * panel] = rows[i * dim + j];
+      float* column = to + PairAt(pair + i, dim) + half * lanes;
+      for (int64_t j = 0; j < dim; ++j) column[j * step] = rows[i * dim + j];
     }
   }
 }
@@ -191,46 +196,45 @@ void LoadList(const Slab& slab, const int32_t* slots, float beta, const HalveWor
 
 // Copies the block's pairs out of the panels, to be read row by row.
 HWY_INLINE void PackStrips(const float* panels, int64_t dim, int64_t first, int64_t count, float* strips) {
-  const int64_t panel = Panel();
+  const auto lanes = static_cast<int64_t>(hn::Lanes(F32())), step = 2 * Panel();
   for (int64_t i = 0; i < (count + kStrip - 1) / kStrip * kStrip; ++i) {
     float* to = strips + i / kStrip * dim * kSix + i % kStrip * 2;
     // A strip may end behind the list: any pair will do.
-    const int64_t a = std::min(first + i, first + count - 1);
-    const float* column = panels + a / panel * panel * 2 * dim + a % panel;
+    const float* column = panels + PairAt(std::min(first + i, first + count - 1), dim);
     for (int64_t j = 0; j < dim; ++j) {
-      to[j * kSix] = column[j * 2 * panel];
-      to[j * kSix + 1] = column[j * 2 * panel + panel];
+      to[j * kSix] = column[j * step];
+      to[j * kSix + 1] = column[j * step + lanes];
     }
   }
 }
 
-// D_ab of the strip's pairs a (from `pair` on, its rows at key_strip and value_strip) and the pairs b of a panel that
-// begins at `column`, to out (kStrip, kTriangle):
+// D_ab of the strip's pairs a (from `pair` on, its rows at key_strip and value_strip) and the first kWidth / 2 vectors
+// of pairs b of the panel that begins at `column`, to out (kStrip, kTriangle):
 //   kappa(x_a, x_b) - kappa(x_a, y_b) - kappa(y_a, x_b) + kappa(y_a, y_b),
 //   kappa(i, j) = 2^(<k_i, k_j> - c_i - c_j) (<v_i, v_j> + 1)
+template <int64_t kWidth>
 HWY_INLINE void StripProducts(const HalveWork& w, const float* key_strip, const float* value_strip, int64_t pair,
                               int64_t column, float* HWY_RESTRICT out) {
   const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d)), panel = Panel();
-  HWY_ALIGN float keys[kSix * 2 * kMaxPanel];    // (kStrip, 2, 2, panel)
-  HWY_ALIGN float values[kSix * 2 * kMaxPanel];  // (kStrip, 2, 2, panel)
-  Multiply<kWide, false>(key_strip, 1, kSix, w.key + column * 2 * w.key_dim, 2 * panel, w.key_dim, keys, 2 * panel);
-  Multiply<kWide, false>(value_strip, 1, kSix, w.value + column * 2 * w.value_dim, 2 * panel, w.value_dim, values,
-                         2 * panel);
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d)), row = kWidth * lanes, step = 2 * Panel();
+  HWY_ALIGN float keys[kSix * 2 * kMaxPanel];    // (kStrip, 2, kWidth / 2, 2, lanes)
+  HWY_ALIGN float values[kSix * 2 * kMaxPanel];  // (kStrip, 2, kWidth / 2, 2, lanes)
+  Multiply<kWidth, false>(key_strip, 1, kSix, w.key + column * 2 * w.key_dim, step, w.key_dim, keys, row);
+  Multiply<kWidth, false>(value_strip, 1, kSix, w.value + column * 2 * w.value_dim, step, w.value_dim, values, row);
   const auto zero = hn::Zero(d), one = hn::Set(d, 1.0f);
   for (int64_t a = 0; a < kStrip; ++a)
-    for (int64_t at = 0; at < panel; at += lanes) {
-      const int64_t row = std::min(pair + a, w.pairs - 1);
+    for (int64_t v = 0; v < kWidth / 2; ++v) {
+      const int64_t from = std::min(pair + a, w.pairs - 1), to = column + v * lanes;
       const auto kappa = [&](int64_t i, int64_t j) HWY_ATTR {
-        const auto ci = hn::Set(d, w.norm[i * w.columns + row]);
-        const auto cj = hn::Load(d, w.norm + j * w.columns + column + at);
-        const int64_t entry = (2 * a + i) * 2 * panel + j * panel + at;
+        const auto ci = hn::Set(d, w.norm[i * w.columns + from]);
+        const auto cj = hn::Load(d, w.norm + j * w.columns + to);
+        const int64_t entry = (2 * a + i) * row + (2 * v + j) * lanes;
         // No exponent is positive but for rounding.
         const auto exponent = hn::Min(hn::Sub(hn::Load(d, keys + entry), hn::Add(ci, cj)), zero);
         return hn::Mul(Exp2(exponent), hn::Add(hn::Load(d, values + entry), one));
       };
       const auto same = hn::Add(kappa(0, 0), kappa(1, 1)), other = hn::Add(kappa(0, 1), kappa(1, 0));
-      hn::Store(hn::Sub(same, other), d, out + a * kTriangle + at);
+      hn::Store(hn::Sub(same, other), d, out + a * kTriangle + v * lanes);
     }
 }
 
@@ -248,11 +252,19 @@ void BlockProducts(const HalveWork& w, int64_t first, int64_t count, float* sums
     for (int64_t a = 0; a < count; a += kStrip) {
       if (column > first + a + kStrip - 1) continue;  // all later than a
       float* out = column < own ? products : w.triangle + a * kTriangle + (column - own);
-      StripProducts(w, w.key_strips + a * 2 * w.key_dim, w.value_strips + a * 2 * w.value_dim, first + a, column, out);
+      const float* key_strip = w.key_strips + a * 2 * w.key_dim;
+      const float* value_strip = w.value_strips + a * 2 * w.value_dim;
+      // Where the panel crosses the diagonal, its first vectors may be all that is needed.
+      const bool whole = column + lanes <= first + a + kStrip - 1;
+      if (whole)
+        StripProducts<kWide>(w, key_strip, value_strip, first + a, column, out);
+      else
+        StripProducts<2>(w, key_strip, value_strip, first + a, column, out);
+      const int64_t width = whole ? panel : lanes;
       for (int64_t i = 0; i < kStrip; ++i) {
         float* to = partial + (a + i) * lanes;
         auto sum = hn::Load(d, to);
-        for (int64_t at = 0; at < panel; at += lanes)
+        for (int64_t at = 0; at < width; at += lanes)
           sum = hn::MulAdd(hn::Load(d, w.sign + column + at), hn::Load(d, out + i * kTriangle + at), sum);
         hn::Store(sum, d, to);
       }
