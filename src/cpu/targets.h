@@ -4,7 +4,14 @@
 
 // Vectors of unknown length cannot be elements of arrays, which the kernels keep their sums in; those machines have
 // NEON too.
-#define HWY_DISABLED_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+#define EXPRESS_UNFIT_TARGETS (HWY_SVE | HWY_SVE2 | HWY_SVE_256 | HWY_SVE2_128 | HWY_RVV)
+
+// A build may leave out more (the sanitizers': one target of each width is enough to look at).
+#ifdef EXPRESS_DISABLED_TARGETS
+#define HWY_DISABLED_TARGETS (EXPRESS_UNFIT_TARGETS | EXPRESS_DISABLED_TARGETS)
+#else
+#define HWY_DISABLED_TARGETS EXPRESS_UNFIT_TARGETS
+#endif
 
 // Behind the parameters of a lambda that holds vector code: it must be inlined for its vectors to stay in registers.
 #define EXPRESS_INLINE_LAMBDA HWY_ATTR __attribute__((always_inline))
