@@ -1,5 +1,6 @@
 // Kernel halving of one list, against multiply-adds in registers: (2h)^2 (key_dim + value_dim) / 2 of them, the lower
 // triangle of the two Gram matrices.
+#include <cmath>
 #include <new>
 
 #include "bench/floors.h"

@@ -2,6 +2,7 @@
 #ifndef EXPRESS_BENCH_KERNEL_INPUTS_H_
 #define EXPRESS_BENCH_KERNEL_INPUTS_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <numeric>
 #include <random>

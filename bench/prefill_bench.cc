@@ -1,5 +1,6 @@
 // Causal attention of a block over a slab, against multiply-adds in registers: 4 (capacity + (tokens + 1) / 2) dim
 // floating-point operations per query.
+#include <cmath>
 #include <new>
 
 #include "bench/floors.h"

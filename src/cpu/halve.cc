@@ -33,16 +33,16 @@ struct HalveWork {
   int64_t pairs;    // h
   int64_t columns;  // h, padded
   int32_t key_dim, value_dim;
-  float* key;           // panels of (key_dim, panel / lanes, 2, lanes), x then y: centred, times sqrt(beta log2 e)
-  float* value;         // panels of (value_dim, panel / lanes, 2, lanes): over b
-  float* norm;          // (2, columns): c_i log2 e
-  float* root;          // (columns): sqrt(D_aa)
-  float* sign;          // (columns): +1 when x was kept, -1 when y was, 0 for the padding and what is not decided
-  float* mean;          // (key_dim)
-  float* staged;        // (2, kStaged, larger dim): rows on their way into a panel
-  float* key_strips;    // (kPairs / kStrip, key_dim, kStrip, 2): the block's pairs
-  float* value_strips;  // (kPairs / kStrip, value_dim, kStrip, 2)
-  float* triangle;      // (kPairs, kTriangle): D of the block's pairs with the columns of its panels
+  float* key;         // panels of (key_dim, panel / lanes, 2, lanes), x then y: centred, times sqrt(beta log2 e)
+  float* value;       // panels of (value_dim, panel / lanes, 2, lanes): over b
+  float* norm;        // (2, columns): c_i log2 e
+  float* root;        // (columns): sqrt(D_aa)
+  float* sign;        // (columns): +1 when x was kept, -1 when y was, 0 for the padding and what is not decided
+  float* mean;        // (key_dim)
+  float* staged;      // (2, kStaged, larger dim): rows on their way into a panel
+  float* key_rows;    // (kPairs, 2, key_dim): the block's pairs
+  float* value_rows;  // (kPairs, 2, value_dim)
+  float* triangle;    // (kPairs, kTriangle): D of the block's pairs with the columns of its panels
 };
 
 // What D_aa is made of.
@@ -194,33 +194,39 @@ void LoadList(const Slab& slab, const int32_t* slots, float beta, const HalveWor
   });
 }
 
-// Copies the block's pairs out of the panels, to be read row by row.
-HWY_INLINE void PackStrips(const float* panels, int64_t dim, int64_t first, int64_t count, float* strips) {
+// Copies the block's pairs out of the panels, to be read row by row: rows (count, 2, dim). Rows of a strip that ends
+// behind the list keep what they hold; nobody uses their products.
+HWY_INLINE void PackRows(const float* panels, int64_t dim, int64_t columns, int64_t first, int64_t count, float* rows) {
   const auto lanes = static_cast<int64_t>(hn::Lanes(F32())), step = 2 * Panel();
-  for (int64_t i = 0; i < (count + kStrip - 1) / kStrip * kStrip; ++i) {
-    float* to = strips + i / kStrip * dim * kSix + i % kStrip * 2;
-    // A strip may end behind the list: any pair will do.
-    const float* column = panels + PairAt(std::min(first + i, first + count - 1), dim);
-    for (int64_t j = 0; j < dim; ++j) {
-      to[j * kSix] = column[j * step];
-      to[j * kSix + 1] = column[j * step + lanes];
+  for (int64_t i = 0; i < count && first + i < columns; i += kStaged)
+    for (int64_t half = 0; half < 2; ++half) {
+      float* to = rows + (2 * i + half) * dim;
+      int64_t j = 0;
+      if (lanes % kStaged == 0) {
+        const float* from = panels + PairAt(first + i, dim) + half * lanes;
+        for (; j + 4 <= dim; j += 4) TransposeFour(from + j * step, step, kStaged, to + j, 2 * dim);
+      }
+      for (int64_t pair = 0; pair < kStaged; ++pair) {
+        const float* from = panels + PairAt(first + i + pair, dim) + half * lanes;
+        for (int64_t rest = j; rest < dim; ++rest) to[pair * 2 * dim + rest] = from[rest * step];
+      }
     }
-  }
 }
 
-// D_ab of the strip's pairs a (from `pair` on, its rows at key_strip and value_strip) and the first kWidth / 2 vectors
+// D_ab of the strip's pairs a (from `pair` on, its rows at key_rows and value_rows) and the first kWidth / 2 vectors
 // of pairs b of the panel that begins at `column`, to out (kStrip, kTriangle):
 //   kappa(x_a, x_b) - kappa(x_a, y_b) - kappa(y_a, x_b) + kappa(y_a, y_b),
 //   kappa(i, j) = 2^(<k_i, k_j> - c_i - c_j) (<v_i, v_j> + 1)
 template <int64_t kWidth>
-HWY_INLINE void StripProducts(const HalveWork& w, const float* key_strip, const float* value_strip, int64_t pair,
+HWY_INLINE void StripProducts(const HalveWork& w, const float* key_rows, const float* value_rows, int64_t pair,
                               int64_t column, float* HWY_RESTRICT out) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d)), row = kWidth * lanes, step = 2 * Panel();
   HWY_ALIGN float keys[kSix * 2 * kMaxPanel];    // (kStrip, 2, kWidth / 2, 2, lanes)
   HWY_ALIGN float values[kSix * 2 * kMaxPanel];  // (kStrip, 2, kWidth / 2, 2, lanes)
-  Multiply<kWidth, false>(key_strip, 1, kSix, w.key + column * 2 * w.key_dim, step, w.key_dim, keys, row);
-  Multiply<kWidth, false>(value_strip, 1, kSix, w.value + column * 2 * w.value_dim, step, w.value_dim, values, row);
+  Multiply<kWidth, false>(key_rows, w.key_dim, 1, w.key + column * 2 * w.key_dim, step, w.key_dim, keys, row);
+  Multiply<kWidth, false>(value_rows, w.value_dim, 1, w.value + column * 2 * w.value_dim, step, w.value_dim, values,
+                          row);
   const auto zero = hn::Zero(d), one = hn::Set(d, 1.0f);
   for (int64_t a = 0; a < kStrip; ++a)
     for (int64_t v = 0; v < kWidth / 2; ++v) {
@@ -246,20 +252,20 @@ void BlockProducts(const HalveWork& w, int64_t first, int64_t count, float* sums
   const int64_t own = first / panel * panel;                   // where the panels of the block itself begin
   HWY_ALIGN float partial[kPairs * hn::MaxLanes(F32())] = {};  // (kPairs, lanes)
   HWY_ALIGN float products[kStrip * kTriangle];
-  PackStrips(w.key, w.key_dim, first, count, w.key_strips);
-  PackStrips(w.value, w.value_dim, first, count, w.value_strips);
+  PackRows(w.key, w.key_dim, w.columns, first, count, w.key_rows);
+  PackRows(w.value, w.value_dim, w.columns, first, count, w.value_rows);
   for (int64_t column = 0; column < first + count; column += panel)
     for (int64_t a = 0; a < count; a += kStrip) {
       if (column > first + a + kStrip - 1) continue;  // all later than a
       float* out = column < own ? products : w.triangle + a * kTriangle + (column - own);
-      const float* key_strip = w.key_strips + a * 2 * w.key_dim;
-      const float* value_strip = w.value_strips + a * 2 * w.value_dim;
+      const float* key_rows = w.key_rows + a * 2 * w.key_dim;
+      const float* value_rows = w.value_rows + a * 2 * w.value_dim;
       // Where the panel crosses the diagonal, its first vectors may be all that is needed.
       const bool whole = column + lanes <= first + a + kStrip - 1;
       if (whole)
-        StripProducts<kWide>(w, key_strip, value_strip, first + a, column, out);
+        StripProducts<kWide>(w, key_rows, value_rows, first + a, column, out);
       else
-        StripProducts<2>(w, key_strip, value_strip, first + a, column, out);
+        StripProducts<2>(w, key_rows, value_rows, first + a, column, out);
       const int64_t width = whole ? panel : lanes;
       for (int64_t i = 0; i < kStrip; ++i) {
         float* to = partial + (a + i) * lanes;
@@ -348,7 +354,7 @@ int64_t Layout(int64_t pairs, int32_t key_dim, int32_t value_dim, float* at, Hal
     used += (floats + 15) / 16 * 16;  // 64-byte alignment
     return taken;
   };
-  const int64_t columns = PadColumns(pairs), strips = std::min(pairs + kStrip, kPairs);
+  const int64_t columns = PadColumns(pairs), rows = std::min(pairs + kStrip, kPairs);
   *w = {.pairs = pairs,
         .columns = columns,
         .key_dim = key_dim,
@@ -360,8 +366,8 @@ int64_t Layout(int64_t pairs, int32_t key_dim, int32_t value_dim, float* at, Hal
         .sign = take(columns),
         .mean = take(key_dim),
         .staged = take(2 * kStaged * std::max(key_dim, value_dim)),
-        .key_strips = take(strips * 2 * key_dim),
-        .value_strips = take(strips * 2 * value_dim),
+        .key_rows = take(rows * 2 * key_dim),
+        .value_rows = take(rows * 2 * value_dim),
         .triangle = take(kPairs * kTriangle)};
   *s = {.distance = take(columns), .value_x = take(columns), .value_y = take(columns), .value_distance = take(columns)};
   return used;

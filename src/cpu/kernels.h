@@ -85,7 +85,8 @@ struct HalveParams {
 size_t HalveScratchBytes(int64_t count, int32_t key_dim, int32_t value_dim);
 // Halves the entries in slots[0, count) (count even, oldest first; DESIGN 3.1): pair a is (slots[2a], slots[2a+1]). The
 // survivor of pair a ends up in slots[2a]; slots[2a+1] is free afterwards. Draws are those of RandomPurpose::kHalve,
-// operation `number`, pair a, and the complement's is of RandomPurpose::kComplement, pair 0.
+// operation `number`, pair a, and the complement's is of RandomPurpose::kComplement, pair 0. Finite entries of any
+// magnitude are decided without overflow.
 void Halve(const Slab& slab, const int32_t* slots, int64_t count, const HalveParams& params, const StreamKey& key,
            uint64_t number, void* scratch);
 
@@ -103,7 +104,8 @@ struct Partial {
 // Attention of q (rows, key_dim) f32, already multiplied by the softmax scale, over the live slots in [begin, end).
 // log_weight: (capacity), -inf = free slot, never read otherwise (its memory may be anything). logit = <q, k> +
 // exponent * log_weight. rows <= kMaxQueryRows. Overwrites `partial`. The slab is read once, whatever the number of
-// rows.
+// rows. Finite queries and keys give a finite softmax, whatever their products (beyond 1e38 they count as 1e38); values
+// must leave room for their sum over the slab.
 void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end,
                    const float* q, int64_t rows, const Partial& partial);
 // into = into merged with from.
@@ -115,7 +117,8 @@ void FinishPartial(const Partial& partial, int64_t rows, int32_t value_dim, Rows
 // Causal attention of one block of new tokens for one KV head: query (t, g), t < tokens, g < group, sees the live slots
 // of the slab and the block's own keys 0 .. t exactly. Query row (t, g) begins at element t * q_token_stride + g *
 // q_head_stride, likewise out and lse (lse may be null). Handles tokens [first, last) of the block only, so that
-// callers can share out a block between threads.
+// callers can share out a block between threads: a query's result is the same to the bit however they do. What later
+// tokens hold never reaches a query, not even as NaN.
 struct BlockArgs {
   ConstRows key;    // (tokens, key_dim): the block's keys
   ConstRows value;  // (tokens, value_dim)
@@ -135,8 +138,7 @@ struct BlockArgs {
 size_t BlockScratchBytes(int32_t group, int32_t key_dim, int32_t value_dim);
 void AttendBlock(const Slab& slab, const float* log_weight, const BlockArgs& args, void* scratch);
 
-// Names of the SIMD targets compiled in and supported here, and a way for tests to force one (nullptr: back to the
-// best).
+// Names of the SIMD targets compiled in and supported here, and a way for tests to force one for the whole process.
 int SimdTargetCount();
 const char* SimdTargetName(int i);
 void ForceSimdTarget(int i);  // -1: the best

@@ -139,6 +139,16 @@ TEST_P(HalveTest, LongLists) {
   EXPECT_GE(clear, 2);
 }
 
+// The longest lists that a cache makes; the scratch is linear in them. The reference would take minutes.
+TEST_P(HalveTest, SixteenThousandEntries) {
+  const ListCase c{DType::kBF16, 4, 2, 16384, Params(4, 1.0f, 0.1f)};
+  List list(c, 1);
+  EXPECT_LT(HalveScratchBytes(c.count, 128, 128), size_t{18} << 20);  // the list in f32 is 16 MiB
+  int second = 0;
+  for (const int64_t kept : HalveAndCheckSlots(list, c.params, MakeStreamKey(1, 0, 0), 1)) second += kept % 2 != 0;
+  EXPECT_NEAR(second, 4096, 300);  // of 8192 near-fair choices: more than 6 standard deviations
+}
+
 TEST_P(HalveTest, CoinsAreTheDraws) {
   for (uint64_t number = 0; number < 8; ++number) {
     ListCase c{DType::kF16, 5, 9, 100, Params(5, 1.0f, 0.1f)};
@@ -204,7 +214,6 @@ TEST_P(HalveTest, DegenerateLists) {
       }
       const StreamKey stream = MakeStreamKey(1, 1, 1);
       const std::vector<int64_t> kept = HalveAndCheckSlots(list, c.params, stream, 3);
-      // An all-coins list chooses by its draws; no other may depend on the draws' order alone, or on a NaN.
       c.params.coin = true;
       const reference::Halved coins = reference::Halve(list.key(), list.value(), c.params, stream, 3);
       if (degenerate.all_coins) {
