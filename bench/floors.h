@@ -7,6 +7,7 @@
 #include <time.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <limits>
@@ -25,21 +26,26 @@ namespace express::bench {
 HWY_EXPORT(ReadAll);
 HWY_EXPORT(MultiplyAdds);
 
-// Processor time of this thread. Unlike the wall's it does not run while others have the processor, so that numbers
-// taken on a busy machine still say what the code does; on an idle one the two agree.
+// Wall time.
 inline double Seconds() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+// Processor time of this thread. It does not run while others have the processor, so that floors and kernels measured by
+// it can be compared on a busy machine too; on an idle one it agrees with the wall's.
+inline double ThreadSeconds() {
   timespec t;
   clock_gettime(CLOCK_THREAD_CPUTIME_ID, &t);
   return static_cast<double>(t.tv_sec) + 1e-9 * static_cast<double>(t.tv_nsec);
 }
 
-// Runs body(thread) on that many threads and returns the seconds of the slowest.
+// Runs body(thread) on that many threads and returns the processor time of the slowest.
 inline double TimeThreads(int threads, const std::function<void(int)>& body) {
   std::vector<double> seconds(static_cast<size_t>(threads));
   const auto timed = [&](int i) {
-    const double begin = Seconds();
+    const double begin = ThreadSeconds();
     body(i);
-    seconds[static_cast<size_t>(i)] = Seconds() - begin;
+    seconds[static_cast<size_t>(i)] = ThreadSeconds() - begin;
   };
   std::vector<std::thread> others;
   for (int i = 1; i < threads; ++i) others.emplace_back(timed, i);
