@@ -162,7 +162,12 @@ void LoadPairs(const Slab& slab, const int32_t* slots, float beta, float b, cons
     return hn::Min(hn::Max(centred, minus_limit), limit);
   };
   const auto divide = [&](auto x, int64_t, int64_t) HWY_ATTR { return hn::Div(x, divisor); };
-  for (int64_t first = 0; first < w.columns; first += kStaged) {
+  // A list that fits one vector of columns is met by no other (see BlockProducts): short lists are many, and most of their
+  // time would be padding.
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const bool one_vector = (w.pairs - 1) / kStrip * kStrip + kStrip - 1 < lanes;
+  const int64_t columns = one_vector ? (lanes + kStaged - 1) / kStaged * kStaged : w.columns;
+  for (int64_t first = 0; first < columns; first += kStaged) {
     const int64_t count = std::clamp<int64_t>(w.pairs - first, 0, kStaged);
     if (count < kStaged) std::fill_n(w.staged, 2 * kStaged * dk, 0.0f);
     for (int64_t i = 0; i < 2 * count; ++i)
@@ -302,7 +307,7 @@ void FinishNorms(float gamma, const HalveWork& w, const PairStats& s) {
   float largest = 0;
   for (int64_t half = 0; half < 2; ++half)
     for (int64_t a = 0; a < w.pairs; ++a) largest = std::max(largest, w.norm[half * w.columns + a]);
-  for (int64_t a = 0; a < w.columns; ++a) {
+  for (int64_t a = 0; a < w.pairs; ++a) {
     float &norm_x = w.norm[a], &norm_y = w.norm[w.columns + a];
     const float x = std::exp2(0.5f * (1 - gamma) * (norm_x - largest));
     const float y = std::exp2(0.5f * (1 - gamma) * (norm_y - largest));
