@@ -168,6 +168,11 @@ void DecodeStep(benchmark::State& state) {
   state.counters["step_p99_us"] = at(step, 0.99);
   state.counters["step_max_us"] = at(step, 1);
   state.counters["halvings"] = static_cast<double>(stats.halvings);
+  // The floor of a step: reading every live entry once. (Slabs that fit a cache are faster than memory.)
+  const std::vector<float> buffer(static_cast<size_t>(64 << 20));
+  const double floor = ReadBandwidth(buffer.data(), static_cast<int64_t>(buffer.size() * 4), 1);
+  const double bytes = static_cast<double>(stats.entries * 2 * kDim * SizeOf(config.dtype));
+  state.counters["step_floor_us"] = bytes / floor * 1e6;
 }
 BENCHMARK(DecodeStep)
     ->ArgName("budget")

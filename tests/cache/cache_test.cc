@@ -4,10 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
 #include <set>
 #include <string>
+#include <thread>
 
 #include "tests/cache/testing.h"
 
@@ -275,6 +277,59 @@ TEST(Cache, ResultsDoNotDependOnThreads) {
   EXPECT_TRUE(outputs[0] == outputs[2]);
   EXPECT_TRUE(held[0] == held[1]);
   EXPECT_TRUE(held[0] == held[2]);
+}
+
+// An engine's own threads: as many as the context says, each a worker that takes the next task.
+void ThreadsFor(void* context, int64_t count, void (*body)(void*, int64_t, int32_t), void* task) {
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> threads;
+  for (int32_t worker = 0; worker < *static_cast<const int32_t*>(context); ++worker)
+    threads.emplace_back([&, worker] {
+      for (int64_t i = next++; i < count; i = next++) body(task, i, worker);
+    });
+  for (std::thread& thread : threads) thread.join();
+}
+
+TEST(Cache, TheEnginesOwnThreadsComputeTheSame) {
+  Config c = SmallConfig();
+  c.kv_heads = c.query_heads = 5;
+  c.key_dim = c.value_dim = 64;
+  c.budget = 600;
+  c.prefill_block = 128;
+  const Stream s(c, 2500);
+  c.threads = 1;
+  ExpressCache alone = Make(c);
+  int32_t workers = 4;
+  c.threads = workers;
+  c.parallel_for = ThreadsFor;
+  c.parallel_for_context = &workers;
+  ExpressCache shared = Make(c);
+  EXPECT_TRUE(Prefill(alone, c, 0, s, 0, s.n) == Prefill(shared, c, 0, s, 0, s.n));
+  ASSERT_OK(Append(alone, c, 1, s, 0, s.n));
+  ASSERT_OK(Append(shared, c, 1, s, 0, s.n));
+  EXPECT_TRUE(ExportAll(alone, c) == ExportAll(shared, c));
+  EXPECT_TRUE(Attend(alone, c, 0, s, 0, 3) == Attend(shared, c, 0, s, 0, 3));
+}
+
+TEST(Cache, ConcurrentAttendsDoNotDisturbEachOther) {
+  Config c = SmallConfig();
+  c.kv_heads = c.query_heads = 1;
+  c.key_dim = c.value_dim = 64;
+  c.budget = 9000;  // several runs of slots: one attention at a time may split them over threads
+  c.threads = 2;
+  const Stream s(c, 9500);
+  ExpressCache cache = Make(c);
+  ASSERT_OK(Append(cache, c, 0, s, 0, s.n));
+  std::vector<Output> expected;
+  for (int64_t t = 0; t < 4; ++t) expected.push_back(Attend(cache, c, 0, s, t, t + 1));
+  std::atomic<int> wrong{0};
+  std::vector<std::thread> threads;
+  for (int64_t t = 0; t < 4; ++t)
+    threads.emplace_back([&, t] {
+      for (int i = 0; i < 20; ++i) wrong += !(Attend(cache, c, 0, s, t, t + 1) == expected[static_cast<size_t>(t)]);
+    });
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
 }
 
 TEST(Cache, RollbackTakesBackWithinTheReserveAndRefusesBeyond) {
