@@ -47,6 +47,7 @@ DEV = [
     ("1024: + protected 35 %, window 512, alpha 0", express(1024, 512, 358, 0), 3),
     ("1024: + protected 50 %, window 256, alpha 0.5", express(1024, 256, 512, 0.5), 3),
     ("1024: + protected 65 %, window 256, alpha 0.5", express(1024, 256, 666, 0.5), 3),
+    ("1024: default division, no profile", ["--policy", "express", "--budget", "1024"], 3),
     ("4096: sinks + window", ["--policy", "window", "--budget", "4096"], 1),
     ("4096: + protected 35 %, window 1024, alpha 0.5", express(4096, 1024, 1434, 0.5), 3),
     ("16 x 1024 by far mass: window, p 1", ["--policy", "window", "--budget", "1024", "--power", "1"] + PROFILE, 1),
@@ -61,7 +62,8 @@ DEV = [
     ("16 x 256 by far mass: 60/28/12, p 2", ["--policy", "express", "--budget", "256"] + PROFILE, 3),
     ("16 x 256: sinks + window", ["--policy", "window", "--budget", "256"], 1),
 ]
-TEST = [row for row in DEV if row[0] in ("exact", "1024: sinks + window", "16 x 1024 by far mass: window, p 2",
+TEST = [row for row in DEV if row[0] in ("exact", "1024: sinks + window", "1024: default division, no profile",
+                                         "16 x 1024 by far mass: window, p 2",
                                          "16 x 1024 by far mass: 60/28/12, p 2 (default)")]
 ROWS = {"dev": DEV, "test": TEST}
 FULL = {row[0] for row in TEST} | {"16 x 512 by far mass: 60/28/12, p 2", "4096: + protected 35 %, window 1024, alpha 0.5"}
