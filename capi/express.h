@@ -62,9 +62,10 @@ typedef enum express_status {
   EXPRESS_STATUS_SIZE_OVERFLOW = 11,       /* sizes whose product does not fit */
   EXPRESS_STATUS_OUT_OF_MEMORY = 12,       /* the allocation at creation failed */
   EXPRESS_STATUS_UNSUPPORTED = 13, /* well-formed, but not in this build: another device, a reserved enumerator */
-  EXPRESS_STATUS_BROKEN = 14,      /* the engine's parallel_for did not run every task of an earlier mutating call;
-                                      the cache accepts only express_reset and express_destroy */
-  EXPRESS_STATUS_INTERNAL = 15     /* a defect of the library */
+  /* The engine's parallel_for did not run every task once. From a mutating call, and from every call after it: the cache
+   * accepts only express_reset and express_destroy. From express_attend: only its outputs are incomplete. */
+  EXPRESS_STATUS_BROKEN = 14,
+  EXPRESS_STATUS_INTERNAL = 15 /* a defect of the library */
 } express_status;
 
 /* The name of a status, for example "EXPRESS_STATUS_OK"; "EXPRESS_STATUS_UNKNOWN" for a number that is none. Static
