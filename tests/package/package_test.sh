@@ -52,7 +52,7 @@ case $step in
     "$work/decode_loop_c"
     ;;
   cmake)
-    cmake -S "$source/examples/cpp" -B "$work/cpp" -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_CXX_COMPILER="$cxx" \
+    cmake -S "$source/examples/cpp" -B "$work/cpp" -G Ninja -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_CXX_COMPILER="$cxx" \
       -DCMAKE_BUILD_TYPE=Release -DCMAKE_FIND_USE_PACKAGE_REGISTRY=OFF -DCMAKE_CXX_FLAGS="${flags[*]}"
     grep -q "^express_DIR:PATH=$prefix/" "$work/cpp/CMakeCache.txt" || fail "another installation was found"
     cmake --build "$work/cpp"
