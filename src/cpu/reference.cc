@@ -107,7 +107,7 @@ Halved Halve(const Matrix& key, const Matrix& value, const cpu::HalveParams& par
     }
     if (a == 0 || threshold == 0) {
       out.decisions.push_back(Coin(r));
-      if (a > 0) out.decisions.back().margin = 0;
+      if (a > 0 && factor > 0) out.decisions.back().margin = 0;
       continue;
     }
     const double u = (2 * r - 1) * threshold;  // uniform on (-t_a, t_a)

@@ -33,7 +33,7 @@ struct Decision {
   double draw;       // u, or r when a coin decided
   // |u - S_a| over the root of the sum of the squares of what S_a is made of, each term counted as often as its
   // exponent is large (its rounding error grows so). Arithmetic in f32 may decide otherwise where this is of the order
-  // of 2^-24. Infinite for a coin that does not depend on rounding, 0 where t_a = 0.
+  // of 2^-24. Infinite for a coin that does not depend on rounding, 0 where D_aa = 0.
   double margin;
 };
 

@@ -93,11 +93,14 @@ size_t FirstNearTie(const reference::Halved& halved) {
 std::vector<ListCase> Cases() {
   std::vector<ListCase> cases;
   for (const DType dtype : kStorage)
-    for (const auto& [key_dim, value_dim] : {std::pair{1, 1}, {7, 3}, {33, 20}, {64, 64}, {80, 96}})
+    for (const auto& [key_dim, value_dim] : {std::pair{1, 1}, {3, 16}, {7, 3}, {33, 20}, {64, 64}, {80, 96}})
       for (const int64_t count : {2, 4, 30, 34, 126, 130, 262})
         cases.push_back({dtype, key_dim, value_dim, count, Params(key_dim, 1.0f, 0.1f)});
+  for (const auto& [key_dim, value_dim] : {std::pair{128, 128}, {192, 128}, {256, 256}})
+    for (const int64_t count : {6, 98})
+      cases.push_back({DType::kBF16, key_dim, value_dim, count, Params(key_dim, 1.0f, 0.1f)});
   for (const float gamma : {0.0f, 0.5f, 1.0f})
-    for (const float tau : {0.01f, 0.1f, 1.0f})
+    for (const float tau : {0.0f, 0.01f, 0.1f, 1.0f})
       for (const int64_t count : {64, 200}) cases.push_back({DType::kF32, 24, 16, count, Params(24, gamma, tau)});
   return cases;
 }
@@ -117,17 +120,16 @@ TEST_P(HalveTest, ChoosesAsTheReference) {
     clear += tie == kept.size();
     for (const reference::Decision& d : expected.decisions) decided += !d.coin && std::abs(d.sum) > d.threshold;
   }
-  RecordProperty("lists", lists);
-  RecordProperty("lists_without_near_tie", clear);
-  EXPECT_GE(clear, lists * 9 / 10);  // else the comparison says little
-  EXPECT_GE(decided, 400);           // choices that no draw would have changed
+  std::printf("%d of %d lists have a near-tie\n", lists - clear, lists);
+  EXPECT_GE(clear, lists * 95 / 100);  // else the comparison says little
+  EXPECT_GE(decided, 400);             // choices that no draw would have changed
 }
 
 // More pairs than any block or tile; the near-tie may be anywhere, so several lists.
 TEST_P(HalveTest, LongLists) {
   int clear = 0;
   for (uint32_t seed = 0; seed < 4; ++seed) {
-    const ListCase c{DType::kF32, 8, 8, 1500, Params(8, 1.0f, 0.1f)};
+    const ListCase c{DType::kF32, 8, 8, 2000, Params(8, 1.0f, 0.1f)};
     List list(c, seed);
     const StreamKey stream = MakeStreamKey(seed, 0, 0);
     const reference::Halved expected = reference::Halve(list.key(), list.value(), c.params, stream, 5);
@@ -175,6 +177,12 @@ TEST_P(HalveTest, ComplementsHalf) {
   EXPECT_NEAR(first, 200, 50);
 }
 
+// Numbers in (-1, 1) without any pattern.
+float Ragged(int64_t entry, int64_t d) {
+  const uint32_t bits = Philox4x32({static_cast<uint32_t>(entry), static_cast<uint32_t>(d), 0, 0}, 0, 0)[0];
+  return 2 * UniformFromBits(bits) - 1;
+}
+
 // What a degenerate list holds, and whether every pair's D_aa is exactly 0, so that the draws alone must decide.
 struct Degenerate {
   const char* name;
@@ -196,6 +204,9 @@ const Degenerate kDegenerate[] = {
      [](int64_t i, int64_t d) { return (i + d) % 2 ? 3e38f : -3e38f; }},
     {"denormals", false, [](int64_t i, int64_t d) { return 1e-42f * static_cast<float>((i * 3 + d) % 5); },
      [](int64_t i, int64_t d) { return 1e-43f * static_cast<float>((i + d) % 5); }},
+    {"zero values", false, [](int64_t i, int64_t d) { return 3 * Ragged(i, d); },
+     [](int64_t, int64_t) { return 0.0f; }},
+    {"long keys far apart", false, [](int64_t i, int64_t d) { return 1e20f * Ragged(i, d); }, Ragged},
     {"one long key", false, [](int64_t i, int64_t) { return i == 3 ? 1e6f : static_cast<float>(i % 4); },
      [](int64_t i, int64_t d) { return static_cast<float>((i * 3 + d) % 5) - 2; }},
 };
@@ -213,7 +224,14 @@ TEST_P(HalveTest, DegenerateLists) {
             [&] { return degenerate.value(i, v++); }, 100 + i);
       }
       const StreamKey stream = MakeStreamKey(1, 1, 1);
+      const reference::Halved expected = reference::Halve(list.key(), list.value(), c.params, stream, 3);
       const std::vector<int64_t> kept = HalveAndCheckSlots(list, c.params, stream, 3);
+      for (size_t a = 0; a < FirstNearTie(expected); ++a) ASSERT_EQ(kept[a], expected.kept[a]) << "pair " << a;
+      // A sum that is NaN would keep the first of every pair but pair 0, or, after the complement, the second.
+      int64_t second = 0;
+      for (size_t a = 1; a < kept.size(); ++a) second += kept[a] % 2;
+      EXPECT_GT(second, 0);
+      EXPECT_LT(second, static_cast<int64_t>(kept.size()) - 1);
       c.params.coin = true;
       const reference::Halved coins = reference::Halve(list.key(), list.value(), c.params, stream, 3);
       if (degenerate.all_coins) {
