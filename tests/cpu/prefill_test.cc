@@ -149,16 +149,20 @@ TEST_P(PrefillTest, MatchesTheReference) {
 
 // Bit for bit: callers share a block out between any number of threads.
 TEST_P(PrefillTest, CutsDoNotMatter) {
-  const BlockCase c{DType::kBF16, DType::kF32, DType::kF32, 48, 40, 3, 150, 150};
-  const Block b(c, 5);
-  const Outputs expected = Attend(b, {c.tokens});
-  std::vector<int64_t> singles;
-  for (int64_t t = 1; t <= c.tokens; ++t) singles.push_back(t);
-  for (const std::vector<int64_t>& cuts :
-       {std::vector<int64_t>{75, 150}, {1, 2, 64, 65, 130, 150}, {0, 50, 100, 150}, singles}) {
-    const Outputs o = Attend(b, cuts);
-    EXPECT_EQ(o.out.Bytes(), expected.out.Bytes());
-    EXPECT_EQ(std::memcmp(o.lse.data(), expected.lse.data(), o.lse.size() * sizeof(float)), 0);
+  for (const auto& [dtype, dk, dv, group] :
+       {std::tuple{DType::kBF16, 48, 40, 3}, {DType::kF32, 7, 33, 1}, {DType::kF16, 64, 64, 5}}) {
+    const BlockCase c{dtype, DType::kF32, DType::kF32, dk, dv, group, 150, 150};
+    SCOPED_TRACE(testing::Message() << c);
+    const Block b(c, 5);
+    const Outputs expected = Attend(b, {c.tokens});
+    std::vector<int64_t> singles;
+    for (int64_t t = 1; t <= c.tokens; ++t) singles.push_back(t);
+    for (const std::vector<int64_t>& cuts :
+         {std::vector<int64_t>{75, 150}, {1, 2, 64, 65, 130, 150}, {0, 50, 100, 150}, singles}) {
+      const Outputs o = Attend(b, cuts);
+      EXPECT_EQ(o.out.Bytes(), expected.out.Bytes());
+      EXPECT_EQ(std::memcmp(o.lse.data(), expected.lse.data(), o.lse.size() * sizeof(float)), 0);
+    }
   }
 }
 
