@@ -1,0 +1,121 @@
+// What the kernels share: storage types as floats, and the tensor-core and copy instructions of sm_80 and above.
+#ifndef EXPRESS_SRC_CUDA_DEVICE_CUH_
+#define EXPRESS_SRC_CUDA_DEVICE_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "express/types.h"
+
+namespace express::cuda {
+
+using Half = __half;
+using BFloat16 = __nv_bfloat16;
+
+inline constexpr float kLog2E = 1.44269504088896341f;
+inline constexpr int kWarp = 32;
+
+__host__ __device__ constexpr int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// body(T()) with the type that stores `dtype`, one of the three floating ones.
+template <class Body>
+auto WithType(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kF16:
+      return body(Half());
+    case DType::kBF16:
+      return body(BFloat16());
+    default:
+      return body(float());
+  }
+}
+
+__device__ __forceinline__ float ToFloat(float x) { return x; }
+__device__ __forceinline__ float ToFloat(Half x) { return __half2float(x); }
+__device__ __forceinline__ float ToFloat(BFloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void FromFloat(float x, float* to) { *to = x; }
+__device__ __forceinline__ void FromFloat(float x, Half* to) { *to = __float2half_rn(x); }
+__device__ __forceinline__ void FromFloat(float x, BFloat16* to) { *to = __float2bfloat16_rn(x); }
+
+// Two floats rounded into one 32-bit register, `low` in the low half.
+template <class T>
+__device__ __forceinline__ uint32_t Pack(float low, float high);
+template <>
+__device__ __forceinline__ uint32_t Pack<Half>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+template <>
+__device__ __forceinline__ uint32_t Pack<BFloat16>(float low, float high) {
+  uint32_t packed;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+  return packed;
+}
+
+// c (16 x 8) += a (16 x 16, row) b (16 x 8, column), f32 sums. Lane l, group g = l / 4, t = l % 4: a = {(g, 2t..), (g + 8,
+// 2t..), (g, 2t + 8..), (g + 8, 2t + 8..)}, b = {(2t.., g), (2t + 8.., g)}, c = {(g, 2t), (g, 2t + 1), (g + 8, 2t), (g +
+// 8, 2t + 1)}.
+template <class T>
+__device__ __forceinline__ void Mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1);
+template <>
+__device__ __forceinline__ void Mma<BFloat16>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+template <>
+__device__ __forceinline__ void Mma<Half>(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+// Four 8 x 8 matrices of 16-bit elements; lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void LoadMatrices(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+__device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&r)[4], uint32_t address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(address)
+               : "memory");
+}
+
+// 16 bytes from global to shared memory, asynchronously; zeros if !valid.
+__device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, bool valid = true) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void CopyAsyncCommit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void CopyAsyncWait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+__device__ __forceinline__ float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+template <class T, class F>
+__device__ __forceinline__ T WarpReduce(T x, const F& f) {
+#pragma unroll
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) x = f(x, __shfl_xor_sync(0xFFFFFFFFu, x, offset));
+  return x;
+}
+
+}  // namespace express::cuda
+
+#endif  // EXPRESS_SRC_CUDA_DEVICE_CUH_
