@@ -1,6 +1,6 @@
 // Time of HalveList on the GPU by length and number of lists, beside the arithmetic floor: (2h)^2 (d_k + d_v) / 2
-// multiply-adds at the matrix rate of the multiprocessors that have a list. Rows are those of one slab that all lists share
-// in part, as many as 132 of the longest lists need.
+// multiply-adds at the matrix rate of the multiprocessors that have a list. Rows are those of one slab, as many as 132
+// of the longest lists need; further lists share them.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "src/cuda/halve.cuh"
@@ -46,20 +47,20 @@ struct SlabRows {
   __device__ const T* Value(int32_t i) const { return value + (first + i) * value_dim; }
 };
 
-template <class T, int kThreads>
-__global__ __launch_bounds__(kThreads) void HalveKernel(const Inputs in) {
+template <class T, int kThreads, int32_t kMostCount, int kBlocks>
+__global__ __launch_bounds__(kThreads, kBlocks) void HalveKernel(const Inputs in) {
   extern __shared__ __align__(16) char shared[];
   const long long begin = clock64();
   const auto list = static_cast<int64_t>(blockIdx.x);
   const SlabRows<T> rows{reinterpret_cast<const T*>(in.key), reinterpret_cast<const T*>(in.value),
                          list % kApart * in.count, in.key_dim, in.value_dim};
-  HalveList<T, kThreads>(rows, in.count, in.key_dim, in.value_dim, in.params, StreamKey{7, 11},
-                         static_cast<uint64_t>(list), in.scratch + list * HalveScratchBytes(in.count), shared,
-                         in.keep + list * (in.count / 2));
+  HalveList<T, kThreads, kMostCount>(rows, in.count, in.key_dim, in.value_dim, in.params, StreamKey{7, 11},
+                                     static_cast<uint64_t>(list), in.scratch + list * HalveScratchBytes(in.count),
+                                     shared, in.keep + list * (in.count / 2));
   if (threadIdx.x == 0) in.clocks[blockIdx.x] = clock64() - begin;
 }
 
-template <class T, int kThreads>
+template <class T, int kThreads, int32_t kMostCount = INT32_MAX, int kBlocks = 1>
 void Measure(const char* type, Inputs in, int32_t count, int lists) {
   in.count = count;
   const size_t shared = HalveSharedBytes<T>(in.key_dim, in.value_dim, count);
@@ -71,7 +72,7 @@ void Measure(const char* type, Inputs in, int32_t count, int lists) {
   for (int run = 0; run < kRuns; ++run) {
     Check(cudaEventRecord(begin));
     for (int i = 0; i < launches; ++i)
-      HalveKernel<T, kThreads><<<static_cast<uint32_t>(lists), kThreads, shared>>>(in);
+      HalveKernel<T, kThreads, kMostCount, kBlocks><<<static_cast<uint32_t>(lists), kThreads, shared>>>(in);
     Check(cudaEventRecord(end));
     Check(cudaEventSynchronize(end));
     float ms = 0;
@@ -85,9 +86,9 @@ void Measure(const char* type, Inputs in, int32_t count, int lists) {
   std::sort(clocks.begin(), clocks.end());
   const double flops = static_cast<double>(lists) * count * count * (in.key_dim + in.value_dim);
   const double floor = flops / (kMatrixRate * std::min(1.0, lists / 132.0)) * 1e6;
-  std::printf("%s dims %d, %d threads %d count %5d lists %5d: %10.2f us, %8.3f us per list; median block %8lld clocks; floor %9.2f us\n",
-              type, in.key_dim, in.value_dim, kThreads, count, lists, times[kRuns / 2], times[kRuns / 2] / lists,
-              clocks[clocks.size() / 2], floor);
+  std::printf("%s, %d threads, count %4d lists %4d: %10.2f us, %8.3f per list, block %8lld clocks, floor %9.2f us\n",
+              type, kThreads, count, lists, times[kRuns / 2], times[kRuns / 2] / lists, clocks[clocks.size() / 2],
+              floor);
 }
 
 template <class T>
@@ -108,7 +109,13 @@ void MeasureType(const char* type, Inputs in, bool all) {
   for (char* to : {in.key, in.value}) Check(cudaMemcpy(to, host.data(), elements * sizeof(T), cudaMemcpyHostToDevice));
   for (const int32_t count : {2, 32, 64, 200, 400, 1226, 4000})
     for (const int lists : {1, 132, 2048}) {
-      if (all || count <= 64) Measure<T, 128>(type, in, count, lists);
+      if (all) Measure<T, 128>(type, in, count, lists);
+      if (count <= 64) {
+        const std::string name = std::string(type) + ", short only";
+        Measure<T, 128, 64, 3>((name + " x 3").c_str(), in, count, lists);
+        Measure<T, 128, 64, 4>((name + " x 4").c_str(), in, count, lists);
+        Measure<T, 128, 64, 6>((name + " x 6").c_str(), in, count, lists);
+      }
       if (count > 2) Measure<T, 256>(type, in, count, lists);
     }
 }

@@ -7,13 +7,14 @@
 // The exponent of kappa(i, j) is, with N the squared norms of the centred keys and M the largest of them,
 //   beta <k~_i, k~_j> - c_i - c_j = -beta / 2 (|k_i - k_j|^2 + (1 - gamma) ((M - N_i) + (M - N_j))),
 // a sum of parts of one sign, and the distance does not depend on where the origin is. It is n_i + n_j - 2 <k_i, k_j>
-// from products of stored keys, which tensor cores form exactly and sum in f32. Its absolute error is 2^-24 of the norms
-// n, times a small factor: where these are large, the origin is moved. A coordinate whose values in the list have one
-// sign and lie within a factor of two of each other is replaced by its difference from that of row 0: such a difference
-// of two numbers of the storage type is itself one, so that nothing is rounded. Any other coordinate spreads over at
-// least half its largest value, where a common mean costs nothing. (Left alone too: a mean that one outlier hides.)
+// from products of stored keys, which tensor cores form exactly and sum in f32. Its absolute error is 2^-24 of the
+// norms n, times a small factor: where these are large, the origin is moved. A coordinate whose values in the list have
+// one sign and lie within a factor of two of each other is replaced by its difference from that of row 0: such a
+// difference of two numbers of the storage type is itself one, so that nothing is rounded. Any other coordinate spreads
+// over at least half its largest value, where a common mean costs nothing. (Left alone too: a mean that one outlier
+// hides.)
 //
-// Lists are the same whatever the number of threads: no sum depends on it.
+// Decisions are the same whatever the number of threads: no sum depends on it.
 #ifndef EXPRESS_SRC_CUDA_HALVE_CUH_
 #define EXPRESS_SRC_CUDA_HALVE_CUH_
 
@@ -27,15 +28,15 @@ namespace express::cuda {
 
 namespace halve {
 
-constexpr int kPairsOfTile = 8;      // pairs of a tile: 16 rows of a product's A, two times 8 columns of its B
-constexpr int kMostTiles = 4;        // of a block
+constexpr int kPairsOfTile = 8;  // pairs of a tile: 16 rows of a product's A, two times 8 columns of its B
+constexpr int kMostTiles = 4;    // of a block
 constexpr int kMostPairs = kMostTiles * kPairsOfTile;
-constexpr int kParts = 8;            // parts of the sum over earlier tiles
-constexpr int kChunk = 32;           // dimensions of two products
-constexpr int kElements = 8;         // of them in one lane
-constexpr int kStageBytes = 32 * 1024;
-constexpr int kSharedPairs = 64;     // lists of no more pairs keep their state in shared memory
-constexpr int kRowLanes = 8;         // lanes that read a pair
+constexpr int kParts = 8;                // parts of the sum over earlier tiles
+constexpr int kChunk = 32;               // dimensions of two products
+constexpr int kElements = 8;             // of them in one lane
+constexpr int64_t kSharedBytes = 44800;  // at most: leaves a kernel 4 KiB of the 48 that need no attribute
+constexpr int kSharedPairs = 64;         // lists of no more pairs keep their state in shared memory
+constexpr int kRowLanes = 8;             // lanes that read a pair
 constexpr int kTriangleStride = kMostPairs + 1;
 constexpr float kPlainExponent = 32;  // norms beyond this (as exponents of 2) move the origin
 constexpr float kLargestKey = 1e15f, kLargestValue = 1e15f, kSmallestValue = 1e-12f;  // beyond: scaled by a power of 2
@@ -44,13 +45,13 @@ constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
 
 // First what PairStats holds on the CPU, with the norms of the keys; when the norms are finished, what follows "then".
 struct __align__(16) Pair {
-  float norm_x, norm_y;          // n_i; then c_i + the norm's share of the distance, as exponents of 2
-  float centred_x, centred_y;    // N_i; then sign (+1: x kept), sqrt(D_aa)
-  float distance;                // |k_x - k_y|^2; then the draw
+  float norm_x, norm_y;        // n_i; then c_i + the norm's share of the distance, as exponents of 2
+  float centred_x, centred_y;  // N_i; then the sign (+1: x kept) and sqrt(D_aa)
+  float distance;              // |k_x - k_y|^2
   float value_x, value_y, value_distance;
 };
 
-struct Adjust {  // y = (x - shift) scale, exact in the storage type
+struct Adjust {        // y = (x - shift) scale, exact in the storage type
   const float* shift;  // (dim), or null: 0
   float scale;
   bool active;
@@ -65,24 +66,25 @@ struct Layout {
   float* reduced;   // (3, kWarp)
   float* shift;     // (key_dim)
   float* mean;      // (key_dim): of the adjusted keys
-  uint4* stage;     // fragments of the block's keys, then values
+  uint4* stage;     // the block's keys, then its values
 };
 
-constexpr int64_t Chunks(int32_t dim) { return (dim + kChunk - 1) / kChunk; }
-constexpr int64_t TileBytes(int32_t key_dim, int32_t value_dim, int64_t element) {
+__host__ __device__ constexpr int32_t Chunks(int32_t dim) { return (dim + kChunk - 1) / kChunk; }
+__host__ __device__ constexpr int64_t TileBytes(int32_t key_dim, int32_t value_dim, int64_t element) {
   return 2 * kPairsOfTile * kChunk * element * (Chunks(key_dim) + Chunks(value_dim));
-}
-// Tiles of a block: as many as can be staged; 0 if none.
-template <class T>
-__host__ __device__ constexpr int StagedTiles(int32_t key_dim, int32_t value_dim) {
-  const int64_t fit = kStageBytes / TileBytes(key_dim, value_dim, sizeof(T));
-  return fit >= 4 && sizeof(T) == 2 ? 4 : fit >= 2 ? 2 : fit >= 1 ? 1 : 0;
 }
 __host__ __device__ constexpr int32_t PadDim(int32_t dim) { return (dim + kElements - 1) / kElements * kElements; }
 __host__ __device__ constexpr size_t FixedBytes(int32_t key_dim) {
   return kSharedPairs * sizeof(Pair) +
          sizeof(float) * (kParts * kMostPairs + kMostPairs * kTriangleStride + 2 * kMostPairs + 3 * kWarp +
                           2 * static_cast<size_t>(PadDim(key_dim)));
+}
+// Tiles of a block: as many as can be staged; 0 if none.
+template <class T>
+__host__ __device__ constexpr int StagedTiles(int32_t key_dim, int32_t value_dim) {
+  const int64_t left = kSharedBytes - static_cast<int64_t>(FixedBytes(key_dim));
+  const int64_t fit = left / TileBytes(key_dim, value_dim, sizeof(T));
+  return fit >= 4 && sizeof(T) == 2 ? 4 : fit >= 2 ? 2 : fit >= 1 ? 1 : 0;
 }
 
 __device__ inline Layout LayOut(char* shared, int32_t key_dim) {
@@ -201,73 +203,114 @@ __device__ __forceinline__ Fragment<T> Split(const Raw<T>& raw) {
   return out;
 }
 
-template <class T>
-__device__ __forceinline__ void MmaChunk(float (&c)[4], const uint4& x, const uint4& y, const uint4& b) {
-  // Lane t holds dimensions 8 t .. 8 t + 7 of the chunk, in A as in B: products sum over a permutation of them.
-  Mma<T>(c, {x.x, y.x, x.y, y.y}, b.x, b.y);
-  Mma<T>(c, {x.z, y.z, x.w, y.w}, b.z, b.w);
-}
-template <class T>
-__device__ __forceinline__ void MmaChunk(float (&c)[4], const Fragment<T>& x, const Fragment<T>& y,
-                                         const Fragment<T>& b) {
-  if constexpr (sizeof(T) == 4) {
-#pragma unroll
-    for (int order = 2; order >= 0; --order)  // small terms first
-#pragma unroll
-      for (int i = 0; i <= order; ++i) MmaChunk<BFloat16>(c, x.part[i], y.part[i], b.part[order - i]);
+// One half of a chunk. Lane t holds dimensions 8 t .. 8 t + 7 of the chunk, in A as in B: products sum over a
+// permutation of them.
+template <class T, int kHalf>
+__device__ __forceinline__ void MmaHalf(float (&c)[4], const uint4& x, const uint4& y, const uint4& b) {
+  if constexpr (kHalf == 0) {
+    Mma<T>(c, {x.x, y.x, x.y, y.y}, b.x, b.y);
   } else {
-    MmaChunk<T>(c, x.part[0], y.part[0], b.part[0]);
+    Mma<T>(c, {x.z, y.z, x.w, y.w}, b.z, b.w);
   }
 }
 
-// Where A comes from: staged fragments, or, if null, this lane's rows of one tile.
-template <class T>
-struct Source {
-  const uint4* staged;  // of the first tile, this lane's
-  const T* x;
-  const T* y;
-};
-
-template <class T>
-__device__ __forceinline__ int64_t StageIndex(int64_t group, int64_t chunks, int64_t chunk, int part) {
-  return ((group * chunks + chunk) * static_cast<int64_t>(sizeof(T) / 2) + part) * kWarp;
+// c[i][n] += x and y of tile i times b[n], neighbours independent of each other.
+template <class T, int kTiles>
+__device__ __forceinline__ void MmaTiles(const Fragment<T> (&x)[kTiles], const Fragment<T> (&y)[kTiles],
+                                         const Fragment<T> (&b)[2], float (*c)[2][4]) {
+  using Product = std::conditional_t<sizeof(T) == 4, BFloat16, T>;
+  constexpr int kTerms = sizeof(T) == 4 ? 6 : 1;
+#pragma unroll
+  for (int term = 0; term < kTerms; ++term) {
+    // Parts (2, 0), (1, 1), (0, 2), (1, 0), (0, 1), (0, 0): small terms first.
+    const int p = kTerms == 1 ? 0 : term < 3 ? 2 - term : term == 3 ? 1 : 0;
+    const int q = kTerms == 1 ? 0 : term < 3 ? term : term == 4 ? 1 : 0;
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i)
+      MmaHalf<Product, 0>(c[i / 2][i % 2], x[i / 2].part[p], y[i / 2].part[p], b[i % 2].part[q]);
+#pragma unroll
+    for (int i = 0; i < 2 * kTiles; ++i)
+      MmaHalf<Product, 1>(c[i / 2][i % 2], x[i / 2].part[p], y[i / 2].part[p], b[i % 2].part[q]);
+  }
 }
 
-// c[tile][n] += A of `tile` times B of columns 8 n .. 8 n + 7, whose rows in this lane begin at b[n].
-template <class T, int kTiles>
-__device__ __forceinline__ void Multiply(const Source<T>& a, const T* const (&b)[2], int32_t dim, const Adjust& adjust,
+// This lane's part of two rows of B, or of x and y of A, and of kChunks chunks of them.
+template <class T>
+struct TwoRows {
+  const T* row[2];
+};
+template <class T>
+__device__ __forceinline__ TwoRows<T> Choose(bool first, const TwoRows<T>& a, const TwoRows<T>& b) {
+  return {{first ? a.row[0] : b.row[0], first ? a.row[1] : b.row[1]}};
+}
+template <class T, int kChunks>
+struct Group {
+  static constexpr int32_t kDims = kChunks * kChunk;
+  Raw<T> raw[2][kChunks];
+};
+template <class T, int kChunks>
+__device__ __forceinline__ void LoadGroup(const TwoRows<T>& rows, int32_t at, int32_t dim, Group<T, kChunks>& group) {
+  const int32_t offset = at + static_cast<int32_t>(threadIdx.x) % 4 * kElements;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) group.raw[i][chunk] = LoadRaw(rows.row[i], offset + chunk * kChunk, dim);
+}
+template <class T, int kChunks>
+__device__ __forceinline__ void AdjustGroup(const Adjust& adjust, int32_t at, int32_t dim, Group<T, kChunks>& group) {
+  if (!adjust.active) return;
+  const int32_t offset = at + static_cast<int32_t>(threadIdx.x) % 4 * kElements;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) AdjustRaw(adjust, offset + chunk * kChunk, dim, group.raw[i][chunk]);
+}
+
+template <class T>
+__device__ __forceinline__ int32_t StageIndex(int32_t group, int32_t chunks, int32_t chunk, int part) {
+  return ((group * chunks + chunk) * static_cast<int32_t>(sizeof(T) / 2) + part) * kWarp;
+}
+
+// c[tile][n] += A of `tile` times B of columns 8 n .. 8 n + 7, dimensions of one group. A is staged: its fragments from
+// the first tile on, this lane's.
+template <class T, int kTiles, int kChunks>
+__device__ __forceinline__ void Multiply(const uint4* staged, const Group<T, kChunks>& b, int32_t at, int32_t dim,
                                          float (&c)[kTiles][2][4]) {
-  const int32_t offset = static_cast<int32_t>(threadIdx.x) % 4 * kElements;
-  const auto chunks = static_cast<int32_t>(Chunks(dim));
-  Raw<T> next[2] = {LoadRaw(b[0], offset, dim), LoadRaw(b[1], offset, dim)};
-#pragma unroll 1
-  for (int32_t chunk = 0; chunk < chunks; ++chunk) {
-    const int32_t at = chunk * kChunk + offset;
-    Raw<T> now[2] = {next[0], next[1]};
+  constexpr int kStep = kTiles < 2 ? 1 : 2, kSteps = kTiles / kStep;  // tiles of a step, steps of a chunk
+  const int32_t chunks = Chunks(dim), first = at / kChunk;
+  const auto load = [&](int step, Raw<T>(&raw)[2 * kStep]) {
+    // Past the end of the dimensions the last chunk is read once more, and not used.
+    const int32_t chunk = min(first + step / kSteps, chunks - 1);
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
-      next[n] = LoadRaw(b[n], at + kChunk, dim);
-      AdjustRaw(adjust, at, dim, now[n]);
-    }
-    const Fragment<T> columns[2] = {Split(now[0]), Split(now[1])};
+    for (int i = 0; i < 2 * kStep; ++i)
 #pragma unroll
-    for (int tile = 0; tile < kTiles; ++tile) {
-      Raw<T> x, y;
-      if (a.staged != nullptr) {
+      for (int part = 0; part < static_cast<int>(sizeof(T) / 2); ++part)
+        raw[i].part[part] = staged[StageIndex<T>(2 * kStep * (step % kSteps) + i, chunks, chunk, part)];
+  };
+  Raw<T> next[2 * kStep];
+  load(0, next);
 #pragma unroll
-        for (int i = 0; i < static_cast<int>(sizeof(T) / 2); ++i) {
-          x.part[i] = a.staged[StageIndex<T>(2 * tile, chunks, chunk, i)];
-          y.part[i] = a.staged[StageIndex<T>(2 * tile + 1, chunks, chunk, i)];
-        }
-      } else {
-        x = LoadRaw(a.x, at, dim), y = LoadRaw(a.y, at, dim);
-        AdjustRaw(adjust, at, dim, x);
-        AdjustRaw(adjust, at, dim, y);
-      }
-      const Fragment<T> fx = Split(x), fy = Split(y);
+  for (int step = 0; step < kChunks * kSteps; ++step) {
+    const int chunk = step / kSteps;
+    if (first + chunk >= chunks) break;
+    Fragment<T> x[kStep], y[kStep];
 #pragma unroll
-      for (int n = 0; n < 2; ++n) MmaChunk(c[tile][n], fx, fy, columns[n]);
-    }
+    for (int i = 0; i < kStep; ++i) x[i] = Split(next[2 * i]), y[i] = Split(next[2 * i + 1]);
+    if (step + 1 < kChunks * kSteps) load(step + 1, next);
+    const Fragment<T> columns[2] = {Split(b.raw[0][chunk]), Split(b.raw[1][chunk])};
+    MmaTiles<T, kStep>(x, y, columns, c + step % kSteps * kStep);
+  }
+}
+// A is a group of one tile.
+template <class T, int kChunks>
+__device__ __forceinline__ void Multiply(const Group<T, kChunks>& a, const Group<T, kChunks>& b, int32_t at,
+                                         int32_t dim, float (&c)[1][2][4]) {
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk) {
+    if (at + chunk * kChunk >= dim) break;
+    const Fragment<T> columns[2] = {Split(b.raw[0][chunk]), Split(b.raw[1][chunk])};
+    const Fragment<T> x[1] = {Split(a.raw[0][chunk])}, y[1] = {Split(a.raw[1][chunk])};
+    MmaTiles<T, 1>(x, y, columns, c);
   }
 }
 
@@ -291,12 +334,12 @@ struct List {
   float exponent = 0;        // beta / 2 log2 e, of adjusted keys
   float inverse_square = 1;  // 1 / b^2, of adjusted values
 
-  __device__ float Draw(int32_t a) const {
+  __device__ __forceinline__ float Draw(int32_t a) const {
     return UniformFromBits(DrawBits(stream, RandomPurpose::kHalve, number, static_cast<uint32_t>(a)));
   }
 
   // The block's maximum of three numbers that are not negative.
-  __device__ void Largest(float (&x)[3]) const {
+  __device__ __forceinline__ void Largest(float (&x)[3]) const {
     __syncthreads();  // whoever read the last ones is done
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
@@ -315,34 +358,36 @@ struct List {
     float x, y, distance, largest;
     float centred_x, centred_y;
   };
-  __device__ __forceinline__ RowSums SumRows(const T* row_x, const T* row_y, int32_t dim, const Adjust& adjust,
-                                             const float* mean) const {
-    RowSums sums{};
-#pragma unroll 2
-    for (int32_t at = lane % kRowLanes * kElements; at < dim; at += kRowLanes * kElements) {
-      float x[kElements], y[kElements];
-      const Raw<T> raw_x = LoadRaw(row_x, at, dim), raw_y = LoadRaw(row_y, at, dim);
-      ToFloats(raw_x, x);
-      ToFloats(raw_y, y);
+  struct Piece {
+    Raw<T> x, y;
+  };
+  __device__ __forceinline__ static Piece LoadPiece(const T* row_x, const T* row_y, int32_t at, int32_t dim) {
+    return {LoadRaw(row_x, at, dim), LoadRaw(row_y, at, dim)};
+  }
+  __device__ __forceinline__ static void SumPiece(const Piece& piece, int32_t at, int32_t dim, const Adjust& adjust,
+                                                  const float* mean, RowSums& sums) {
+    float x[kElements], y[kElements];
+    ToFloats(piece.x, x);
+    ToFloats(piece.y, y);
+    if (adjust.active && at < dim) {
       AdjustFloats(adjust, at, dim, x);
       AdjustFloats(adjust, at, dim, y);
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const float apart = x[i] - y[i];
-        sums.x = fmaf(x[i], x[i], sums.x);
-        sums.y = fmaf(y[i], y[i], sums.y);
-        sums.distance = fmaf(apart, apart, sums.distance);
-        sums.largest = fmaxf(sums.largest, fmaxf(fabsf(x[i]), fabsf(y[i])));
-      }
-      if (mean == nullptr) continue;
-#pragma unroll
-      for (int i = 0; i < kElements; ++i) {
-        const float centre = at + i < dim ? mean[at + i] : 0.0f;
-        sums.centred_x = fmaf(x[i] - centre, x[i] - centre, sums.centred_x);
-        sums.centred_y = fmaf(y[i] - centre, y[i] - centre, sums.centred_y);
-      }
     }
-    return sums;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float apart = x[i] - y[i];
+      sums.x = fmaf(x[i], x[i], sums.x);
+      sums.y = fmaf(y[i], y[i], sums.y);
+      sums.distance = fmaf(apart, apart, sums.distance);
+      sums.largest = fmaxf(sums.largest, fmaxf(fabsf(x[i]), fabsf(y[i])));
+    }
+    if (mean == nullptr) return;
+#pragma unroll
+    for (int i = 0; i < kElements; ++i) {
+      const float centre = at + i < dim ? mean[at + i] : 0.0f;
+      sums.centred_x = fmaf(x[i] - centre, x[i] - centre, sums.centred_x);
+      sums.centred_y = fmaf(y[i] - centre, y[i] - centre, sums.centred_y);
+    }
   }
   __device__ __forceinline__ static float SumLanes(float x) {
 #pragma unroll
@@ -351,25 +396,40 @@ struct List {
   }
 
   // Fills `pair`; returns the largest |element| of key and value, and the largest norm (centred, if there is a mean).
-  __device__ void Measure(const float* mean, float (&largest)[3]) const {
+  __device__ __forceinline__ void Measure(const float* mean, float (&largest)[3]) const {
     constexpr int kGroups = kThreads / kRowLanes;
     largest[0] = largest[1] = largest[2] = 0;
     for (int32_t first = 0; first < pairs; first += kGroups) {
       const int32_t a = first + static_cast<int32_t>(threadIdx.x) / kRowLanes, from = min(a, pairs - 1);
-      const RowSums k = SumRows(rows.Key(2 * from), rows.Key(2 * from + 1), key_dim, key_adjust, mean);
-      const RowSums v = SumRows(rows.Value(2 * from), rows.Value(2 * from + 1), value_dim, value_adjust, nullptr);
+      const T *const key_x = rows.Key(2 * from), *const key_y = rows.Key(2 * from + 1);
+      const T *const value_x = rows.Value(2 * from), *const value_y = rows.Value(2 * from + 1);
+      RowSums k{}, v{};
+      const int32_t step = kRowLanes * kElements;
+      for (int32_t at = lane % kRowLanes * kElements; at < max(key_dim, value_dim); at += 2 * step) {
+        Piece keys[2], values[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {  // all loads are on their way before the first is used
+          keys[i] = LoadPiece(key_x, key_y, at + i * step, key_dim);
+          values[i] = LoadPiece(value_x, value_y, at + i * step, value_dim);
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) SumPiece(keys[i], at + i * step, key_dim, key_adjust, mean, k);
+#pragma unroll
+        for (int i = 0; i < 2; ++i) SumPiece(values[i], at + i * step, value_dim, value_adjust, nullptr, v);
+      }
       const Pair out{SumLanes(k.x),        SumLanes(k.y), SumLanes(k.centred_x), SumLanes(k.centred_y),
                      SumLanes(k.distance), SumLanes(v.x), SumLanes(v.y),         SumLanes(v.distance)};
       if (a < pairs && lane % kRowLanes == 0) pair[a] = out;
       largest[0] = fmaxf(largest[0], k.largest);
       largest[1] = fmaxf(largest[1], v.largest);
-      largest[2] = fmaxf(largest[2], mean == nullptr ? fmaxf(out.norm_x, out.norm_y) : fmaxf(out.centred_x, out.centred_y));
+      largest[2] =
+          fmaxf(largest[2], mean == nullptr ? fmaxf(out.norm_x, out.norm_y) : fmaxf(out.centred_x, out.centred_y));
     }
     Largest(largest);
   }
 
   // Shift and mean of all coordinates. A group of 8 lanes takes 8 coordinates, every lane each 8th row.
-  __device__ void Centre() const {
+  __device__ __forceinline__ void Centre() const {
     const float part = 0.25f / static_cast<float>(count);  // of the mean: no sum overflows
     const int32_t pieces = PadDim(key_dim) / kElements, group = static_cast<int32_t>(threadIdx.x) / kRowLanes;
     for (int32_t first = 0; first < pieces; first += kThreads / kRowLanes) {
@@ -408,7 +468,7 @@ struct List {
   }
 
   // Norms, origin and scales: everything that the products need.
-  __device__ void Prepare() {
+  __device__ __forceinline__ void Prepare() {
     float largest[3];  // |key|, |value|, norm
     Measure(nullptr, largest);
     exponent = 0.5f * kLog2E * fmaxf(0.0f, params.scale);
@@ -430,28 +490,29 @@ struct List {
       longest = largest[2];
     }
     // All distances are at most four times this, and exponents of 2 below it are as good as any.
-    exponent = fminf(exponent, kLargestExponent / fmaxf(4 * static_cast<float>(key_dim) * largest[0] * largest[0], 1.0f));
+    exponent =
+        fminf(exponent, kLargestExponent / fmaxf(4 * static_cast<float>(key_dim) * largest[0] * largest[0], 1.0f));
     inverse_square = largest_value > 0 ? 1 / (largest_value * largest_value) : 1;
     Finish(longest);
   }
 
   // See FinishNorms in src/cpu/halve.cc.
-  __device__ void Finish(float longest) const {
+  __device__ __forceinline__ void Finish(float longest) const {
     const float rest = 1 - params.gamma;
     for (int32_t a = static_cast<int32_t>(threadIdx.x); a < pairs; a += kThreads) {
       Pair p = pair[a];
-      const float below_x = rest * (longest - p.centred_x) * (rest != 0), below_y = rest * (longest - p.centred_y) * (rest != 0);
+      const float below_x = rest * (longest - p.centred_x) * (rest != 0),
+                  below_y = rest * (longest - p.centred_y) * (rest != 0);
       const float x = exp2f(-exponent * below_x), y = exp2f(-exponent * below_y);
       const float apart = -expm1f(-exponent * p.distance / kLog2E);
       const float vx = p.value_x * inverse_square, vy = p.value_y * inverse_square;
       const float distance = p.value_distance * inverse_square, product = 0.5f * (vx + vy - distance);
-      const float square = x * y * distance + (x - y) * (x * vx - y * vy) + (x - y) * (x - y) +
-                           2 * x * y * apart * (product + 1);
+      const float square =
+          x * y * distance + (x - y) * (x * vx - y * vy) + (x - y) * (x - y) + 2 * x * y * apart * (product + 1);
       p.norm_x = exponent * (p.norm_x + below_x);
       p.norm_y = exponent * (p.norm_y + below_y);
       p.centred_x = 0;
       p.centred_y = sqrtf(fmaxf(0.0f, square));
-      p.distance = Draw(a);
       pair[a] = p;
     }
     __syncthreads();
@@ -459,28 +520,27 @@ struct List {
 
   // ---- products of a block ----
 
-  __device__ const T* KeyRow(int32_t i) const { return rows.Key(min(i, count - 1)); }
-  __device__ const T* ValueRow(int32_t i) const { return rows.Value(min(i, count - 1)); }
+  __device__ __forceinline__ const T* KeyRow(int32_t i) const { return rows.Key(min(i, count - 1)); }
+  __device__ __forceinline__ const T* ValueRow(int32_t i) const { return rows.Value(min(i, count - 1)); }
 
-  // Brings the block that begins at pair `first` into shared memory; `at` of `warps` warps.
-  __device__ void Fetch(int32_t first, int tiles, bool staged, int at, int warps) const {
-    if (staged) Stage(first, tiles, at, warps);
-    if (at != 0 || lane >= tiles * kPairsOfTile) return;
-    const Pair& p = pair[min(first + lane, pairs - 1)];
-    s.own[lane] = {p.norm_x, p.norm_y};
-  }
-  // Group 2 tile + i: rows i of 8 pairs.
-  __device__ void Stage(int32_t first, int tiles, int at, int warps) const {
-    const int64_t key_chunks = Chunks(key_dim), value_chunks = Chunks(value_dim);
+  // Brings the block that begins at pair `first` into shared memory; `at` of `warps` warps. Group 2 tile + i: rows i of
+  // 8 pairs.
+  __device__ __forceinline__ void Stage(int32_t first, int tiles, int at, int warps) const {
+    const int32_t key_chunks = Chunks(key_dim), value_chunks = Chunks(value_dim);
     uint4* values = s.stage + StageIndex<T>(2 * tiles, key_chunks, 0, 0);
     const int32_t offset = lane % 4 * kElements;
     for (int group = at; group < 2 * tiles; group += warps) {
       const int32_t row = 2 * (first + group / 2 * kPairsOfTile + lane / 4) + group % 2;
       StageRow(KeyRow(row), key_dim, key_adjust, offset, s.stage + StageIndex<T>(group, key_chunks, 0, 0) + lane);
-      StageRow(ValueRow(row), value_dim, value_adjust, offset, values + StageIndex<T>(group, value_chunks, 0, 0) + lane);
+      StageRow(ValueRow(row), value_dim, value_adjust, offset,
+               values + StageIndex<T>(group, value_chunks, 0, 0) + lane);
     }
+    if (at != 0 || lane >= tiles * kPairsOfTile) return;
+    const Pair& p = pair[min(first + lane, pairs - 1)];
+    s.own[lane] = {p.norm_x, p.norm_y};
   }
-  __device__ void StageRow(const T* row, int32_t dim, const Adjust& adjust, int32_t offset, uint4* to) const {
+  __device__ __forceinline__ void StageRow(const T* row, int32_t dim, const Adjust& adjust, int32_t offset,
+                                           uint4* to) const {
 #pragma unroll 4
     for (int32_t chunk = 0; chunk < Chunks(dim); ++chunk) {
       Raw<T> raw = LoadRaw(row, chunk * kChunk + offset, dim);
@@ -500,40 +560,58 @@ struct List {
     return (kappa(0, a.x + b.x) + kappa(3, a.y + b.y)) - (kappa(1, a.x + b.y) + kappa(2, a.y + b.x));
   }
 
-  // The products of kTiles tiles, from tile `tile` of the block on, with the tile of pairs that begins at `column`.
-  template <int kTiles>
-  __device__ __forceinline__ void Products(int32_t first, int tile, int tiles, bool staged, int32_t column,
-                                           float (&k)[kTiles][2][4], float (&v)[kTiles][2][4]) const {
-    const int32_t row = 2 * (first + tile * kPairsOfTile + lane / 4), other = 2 * column + lane / 4;
-    const int64_t key_chunks = Chunks(key_dim), value_chunks = Chunks(value_dim);
-    const uint4* values = s.stage + StageIndex<T>(2 * tiles, key_chunks, 0, 0);
-    Source<T> a{s.stage + StageIndex<T>(2 * tile, key_chunks, 0, 0) + lane, nullptr, nullptr};
-    if (!staged) a = {nullptr, KeyRow(row), KeyRow(row + 1)};
-    const T* const keys[2] = {KeyRow(other), KeyRow(other + 8)};
-    Multiply<T, kTiles>(a, keys, key_dim, key_adjust, k);
-    a = {values + StageIndex<T>(2 * tile, value_chunks, 0, 0) + lane, nullptr, nullptr};
-    if (!staged) a = {nullptr, ValueRow(row), ValueRow(row + 1)};
-    const T* const other_values[2] = {ValueRow(other), ValueRow(other + 8)};
-    Multiply<T, kTiles>(a, other_values, value_dim, value_adjust, v);
+  // This lane's rows of the tile of pairs that begins at pair `first`, as B: rows g and g + 8. As A: x and y of a pair.
+  __device__ __forceinline__ TwoRows<T> KeysOf(int32_t first) const {
+    return {{KeyRow(2 * first + lane / 4), KeyRow(2 * first + kPairsOfTile + lane / 4)}};
   }
+  __device__ __forceinline__ TwoRows<T> ValuesOf(int32_t first) const {
+    return {{ValueRow(2 * first + lane / 4), ValueRow(2 * first + kPairsOfTile + lane / 4)}};
+  }
+  __device__ __forceinline__ TwoRows<T> KeyPair(int32_t a) const { return {{KeyRow(2 * a), KeyRow(2 * a + 1)}}; }
+  __device__ __forceinline__ TwoRows<T> ValuePair(int32_t a) const { return {{ValueRow(2 * a), ValueRow(2 * a + 1)}}; }
 
   // parts[p][a]: the sum of sign_b D_ab over the earlier tiles p, p + kParts, ...
   template <int kTiles>
-  __device__ void SumEarlier(int32_t first, bool staged) const {
+  __device__ __forceinline__ void SumEarlier(int32_t first) const {
+    const uint4* keys = s.stage + lane;
+    const uint4* values = keys + StageIndex<T>(2 * kTiles, Chunks(key_dim), 0, 0);
+    using Columns = Group<T, 2>;
+    constexpr int32_t kDims = Columns::kDims;
+    constexpr int32_t kStride = kParts * kPairsOfTile;
     for (int part = warp; part < kParts; part += kWarps) {
       float sums[kTiles] = {};
-      for (int32_t column = part * kPairsOfTile; column < first; column += kParts * kPairsOfTile) {
+      int32_t column = part * kPairsOfTile;
+      TwoRows<T> key_rows = KeysOf(column);
+      Columns next;
+      if (column < first) LoadGroup(key_rows, 0, key_dim, next);
+      for (; column < first; column += kStride) {
         float k[kTiles][2][4] = {}, v[kTiles][2][4] = {};
-        Products<kTiles>(first, 0, kTiles, staged, column, k, v);
+        const TwoRows<T> value_rows = ValuesOf(column);
+        for (int32_t at = 0; at < key_dim; at += kDims) {
+          Columns now = next;
+          const bool more = at + kDims < key_dim;
+          LoadGroup(Choose(more, key_rows, value_rows), more ? at + kDims : 0, more ? key_dim : value_dim, next);
+          AdjustGroup(key_adjust, at, key_dim, now);
+          Multiply(keys, now, at, key_dim, k);
+        }
+        key_rows = KeysOf(column + kStride < first ? column + kStride : column);
+        const float4 other[2] = {*reinterpret_cast<const float4*>(pair + column + lane % 4),
+                                 *reinterpret_cast<const float4*>(pair + column + 4 + lane % 4)};
+        for (int32_t at = 0; at < value_dim; at += kDims) {
+          Columns now = next;
+          const bool more = at + kDims < value_dim;
+          LoadGroup(Choose(more, value_rows, key_rows), more ? at + kDims : 0, more ? value_dim : key_dim, next);
+          AdjustGroup(value_adjust, at, value_dim, now);
+          Multiply(values, now, at, value_dim, v);
+        }
 #pragma unroll
-        for (int n = 0; n < 2; ++n) {
-          const float4 other = *reinterpret_cast<const float4*>(pair + column + 4 * n + lane % 4);
+        for (int n = 0; n < 2; ++n)
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
-            const float2 own = s.own[tile * kPairsOfTile + lane / 4];
-            sums[tile] = fmaf(other.z, Combine(k[tile][n], v[tile][n], own, {other.x, other.y}), sums[tile]);
+            const float d =
+                Combine(k[tile][n], v[tile][n], s.own[tile * kPairsOfTile + lane / 4], {other[n].x, other[n].y});
+            sums[tile] = fmaf(other[n].z, d, sums[tile]);
           }
-        }
       }
 #pragma unroll
       for (int tile = 0; tile < kTiles; ++tile) {
@@ -544,46 +622,86 @@ struct List {
     }
   }
 
-  // The block's own triangle, tile by tile.
-  __device__ void FillTriangle(int32_t first, int tiles, bool staged) const {
-    const int used = min(tiles, (pairs - first + kPairsOfTile - 1) / kPairsOfTile);
-    // From the last warp on: the first ones have one tile more of the earlier pairs.
-    for (int item = kWarps - 1 - warp; item < used * (used + 1) / 2; item += kWarps) {
-      int row = 0, column = item;
-      while (column > row) column -= ++row;
-      float k[1][2][4] = {}, v[1][2][4] = {};
-      Products<1>(first, row, tiles, staged, first + column * kPairsOfTile, k, v);
-      const int a = row * kPairsOfTile + lane / 4;
-      const Pair& own = pair[min(first + a, pairs - 1)];
-#pragma unroll
-      for (int n = 0; n < 2; ++n) {
-        const int b = column * kPairsOfTile + 4 * n + lane % 4;
-        const Pair& other = pair[min(first + b, pairs - 1)];
-        s.triangle[a * kTriangleStride + b] =
-            Combine(k[0][n], v[0][n], {own.norm_x, own.norm_y}, {other.norm_x, other.norm_y});
-      }
+  // c += products of one tile with another, from the rows themselves.
+  __device__ __forceinline__ static void RowProducts(const TwoRows<T>& a, const TwoRows<T>& b, int32_t dim,
+                                                     const Adjust& adjust, float (&c)[1][2][4]) {
+    using Loaded = Group<T, sizeof(T) == 4 ? 2 : 4>;  // all at once: here it is latency that counts
+    for (int32_t at = 0; at < dim; at += Loaded::kDims) {
+      Loaded rows, columns;
+      LoadGroup(a, at, dim, rows);
+      LoadGroup(b, at, dim, columns);
+      AdjustGroup(adjust, at, dim, rows);
+      AdjustGroup(adjust, at, dim, columns);
+      Multiply(rows, columns, at, dim, c);
     }
   }
 
-  // Decides the block's pairs; one warp, lane j has pair first + j. `largest` is that of sqrt(D_bb) so far.
-  __device__ void Scan(int32_t first, int32_t block, float factor, float& largest) const {
-    const int32_t a = min(first + lane, pairs - 1);
-    const bool mine = lane < block;
-    const float root = mine ? pair[a].centred_y : 0.0f, r = pair[a].distance;
-    float sum = 0, most = fmaxf(root, largest);
-    if (first > 0)
+  // D_ab, n = 0, 1: a = row + lane / 4, b = column + 4 n + lane % 4.
+  __device__ __forceinline__ void TileFromRows(int32_t row, int32_t column, float (&d)[2]) const {
+    float k[1][2][4] = {}, v[1][2][4] = {};
+    RowProducts(KeyPair(row + lane / 4), KeysOf(column), key_dim, key_adjust, k);
+    RowProducts(ValuePair(row + lane / 4), ValuesOf(column), value_dim, value_adjust, v);
+    const Pair& own = pair[min(row + lane / 4, pairs - 1)];
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) sum += s.parts[part * kMostPairs + lane];
+    for (int n = 0; n < 2; ++n) {
+      const Pair& other = pair[min(column + 4 * n + lane % 4, pairs - 1)];
+      d[n] = Combine(k[0][n], v[0][n], {own.norm_x, own.norm_y}, {other.norm_x, other.norm_y});
+    }
+  }
+
+  // As SumEarlier, where rows are too long to be staged; one tile.
+  __device__ __forceinline__ void SumEarlierFromRows(int32_t first) const {
+    for (int part = warp; part < kParts; part += kWarps) {
+      float sum = 0;
+      for (int32_t column = part * kPairsOfTile; column < first; column += kParts * kPairsOfTile) {
+        float d[2];
+        TileFromRows(first, column, d);
+#pragma unroll
+        for (int n = 0; n < 2; ++n) sum = fmaf(pair[column + 4 * n + lane % 4].centred_x, d[n], sum);
+      }
+      sum += __shfl_xor_sync(kAllLanes, sum, 1);
+      sum += __shfl_xor_sync(kAllLanes, sum, 2);
+      if (lane % 4 == 0) s.parts[part * kMostPairs + lane / 4] = sum;
+    }
+  }
+
+  // The block's own triangle, tile by tile.
+  __device__ __forceinline__ void FillTriangle(int32_t first, int tiles) const {
+    const int used = min(tiles, (pairs - first + kPairsOfTile - 1) / kPairsOfTile);
+    // From the last warp on: the first one has the scan to prepare.
+    for (int item = kWarps - 1 - warp; item < used * (used + 1) / 2; item += kWarps) {
+      int row = 0, column = item;
+      while (column > row) column -= ++row;
+      float d[2];
+      TileFromRows(first + row * kPairsOfTile, first + column * kPairsOfTile, d);
+#pragma unroll
+      for (int n = 0; n < 2; ++n)
+        s.triangle[(row * kPairsOfTile + lane / 4) * kTriangleStride + column * kPairsOfTile + 4 * n + lane % 4] = d[n];
+    }
+  }
+
+  // For lane j of one warp and pair a = first + j: y is kept if this is less than S_a. `largest` is that of sqrt(D_bb).
+  __device__ __forceinline__ float DrawThreshold(int32_t first, int32_t block, float factor, float& largest) const {
+    const int32_t a = min(first + lane, pairs - 1);
+    const float root = lane < block ? pair[a].centred_y : 0.0f, r = Draw(a);
+    float most = fmaxf(root, largest);
 #pragma unroll
     for (int offset = 1; offset < kWarp; offset *= 2) {
       const float before = __shfl_up_sync(kAllLanes, most, offset);
       if (lane >= offset) most = fmaxf(most, before);
     }
     largest = __shfl_sync(kAllLanes, most, kWarp - 1);
-    const float threshold = factor * root * most;
-    const float infinity = __int_as_float(0x7F800000);
-    const bool fair = !(threshold > 0 && a > 0);
-    const float u = fair ? (r < 0.5f ? -infinity : infinity) : (2 * r - 1) * threshold;
+    const float threshold = factor * root * most, infinity = __int_as_float(0x7F800000);
+    if (threshold > 0 && a > 0) return (2 * r - 1) * threshold;
+    return r < 0.5f ? -infinity : infinity;
+  }
+
+  // Decides the block's pairs; one warp, lane j has pair first + j.
+  __device__ __forceinline__ void Scan(int32_t first, int32_t block, float u) const {
+    float sum = 0;
+    if (first > 0)
+#pragma unroll
+      for (int part = 0; part < kParts; ++part) sum += s.parts[part * kMostPairs + lane];
     const float* row = s.triangle + lane * kTriangleStride;
     uint32_t kept = 0;  // bit j: y of pair first + j
     for (int32_t j = 0; j < block; j += 8) {
@@ -598,31 +716,64 @@ struct List {
         sum += decided != 0 ? -d[i] : d[i];
       }
     }
-    if (!mine) return;
+    if (lane >= block) return;
     const bool keep_y = (kept >> lane & 1) != 0;
-    pair[a].centred_x = keep_y ? -1.0f : 1.0f;
-    keep[a] = keep_y != complement;
+    pair[first + lane].centred_x = keep_y ? -1.0f : 1.0f;
+    keep[first + lane] = keep_y != complement;
   }
 
+  __device__ __forceinline__ float Factor() const {
+    return params.tau * (0.5f + logf(4.0f * static_cast<float>(pairs) / params.delta));  // ln(2 (2 h) / delta)
+  }
+
+  // A list of one block.
+  __device__ __forceinline__ void DecideShort() const {
+    float largest = 0;
+    const float u = warp == 0 ? DrawThreshold(0, pairs, Factor(), largest) : 0.0f;
+    FillTriangle(0, kMostTiles);
+    __syncthreads();
+    if (warp == 0) Scan(0, pairs, u);
+    __syncthreads();
+  }
+
+  // Blocks of kTiles tiles, staged; kTiles = 0: of one tile, which is not.
   template <int kTiles>
-  __device__ void Decide(bool can_stage) const {
-    constexpr int32_t kBlock = kTiles * kPairsOfTile;
-    const float factor =
-        params.tau * (0.5f + logf(4.0f * static_cast<float>(pairs) / params.delta));  // ln(2 (2 h) / delta)
-    const bool staged = can_stage && pairs > kBlock;
-    if (staged) {
-      Fetch(0, kTiles, staged, warp, kWarps);
-      __syncthreads();
-    }
+  __device__ __forceinline__ void Decide() const {
+    constexpr int kBlockTiles = kTiles == 0 ? 1 : kTiles;
+    constexpr int32_t kBlock = kBlockTiles * kPairsOfTile;
+    const float factor = Factor();
     float largest = 0;
     for (int32_t first = 0; first < pairs; first += kBlock) {
-      FillTriangle(first, kTiles, staged);
-      if (first > 0) SumEarlier<kTiles>(first, staged);
+      const int32_t block = min(kBlock, pairs - first);
+      const float u = warp == 0 ? DrawThreshold(first, block, factor, largest) : 0.0f;
+      FillTriangle(first, kBlockTiles);
+      if (first > 0) {
+        if constexpr (kTiles == 0) {
+          SumEarlierFromRows(first);
+        } else {
+          SumEarlier<kTiles>(first);
+        }
+      }
       __syncthreads();
-      const bool more = first + kBlock < pairs;
-      if (warp == 0) Scan(first, min(kBlock, pairs - first), factor, largest);
-      if (warp != 0 && more) Fetch(first + kBlock, kTiles, staged, warp - 1, kWarps - 1);
+      if (warp == 0) Scan(first, block, u);
+      if (warp != 0 && kTiles != 0 && first + kBlock < pairs) Stage(first + kBlock, kTiles, warp - 1, kWarps - 1);
       __syncthreads();
+    }
+  }
+
+  __device__ __forceinline__ void DecideLong() const {
+    switch (StagedTiles<T>(key_dim, value_dim)) {
+      case 4:
+        if constexpr (sizeof(T) == 2) Decide<4>();
+        break;
+      case 2:
+        Decide<2>();
+        break;
+      case 1:
+        Decide<1>();
+        break;
+      default:
+        Decide<0>();
     }
   }
 };
@@ -638,20 +789,21 @@ template <class T>
 __host__ __device__ constexpr size_t HalveSharedBytes(int32_t key_dim, int32_t value_dim,
                                                       int32_t max_count = INT32_MAX) {
   const int tiles = halve::StagedTiles<T>(key_dim, value_dim);
-  const bool staged = max_count > 2 * tiles * halve::kPairsOfTile;
+  const bool staged = max_count > 2 * halve::kMostPairs;
   return halve::FixedBytes(key_dim) +
          (staged ? static_cast<size_t>(tiles * halve::TileBytes(key_dim, value_dim, sizeof(T))) : 0);
 }
 
 // rows.Key(i) and rows.Value(i): const T* to row i of the list, i < count, 16-byte aligned.
 // keep: (count / 2) bytes in shared or global memory: 1 where y = row 2a + 1 survives, the final complement included.
-// scratch: global memory of this block's own, HalveScratchBytes(max count), 16-byte aligned. shared: HalveSharedBytes<T>
-// (key_dim, value_dim, max count), 16-byte aligned. At least 64 threads.
+// scratch: global memory of this block's own, HalveScratchBytes(max count), 16-byte aligned.
+// shared: HalveSharedBytes<T>(key_dim, value_dim, max count), 16-byte aligned. At least 64 threads.
+// kMostCount >= count, where it is known: kernels for short lists need fewer registers.
 // All threads of the block call it, and a barrier stands at its end.
-template <class T, int kThreads, class RowsOf>
-__device__ void HalveList(const RowsOf& rows, int32_t count, int32_t key_dim, int32_t value_dim,
-                          const HalveParams& params, const StreamKey& key, uint64_t number, char* scratch,
-                          char* shared, uint8_t* keep) {
+template <class T, int kThreads, int32_t kMostCount = INT32_MAX, class RowsOf>
+__device__ __forceinline__ void HalveList(const RowsOf& rows, int32_t count, int32_t key_dim, int32_t value_dim,
+                                          const HalveParams& params, const StreamKey& key, uint64_t number,
+                                          char* scratch, char* shared, uint8_t* keep) {
   static_assert(kThreads % kWarp == 0 && kThreads >= 2 * kWarp);
   const int32_t pairs = count / 2;
   const bool complement = UniformFromBits(DrawBits(key, RandomPurpose::kComplement, number, 0)) < 0.5f;
@@ -665,17 +817,14 @@ __device__ void HalveList(const RowsOf& rows, int32_t count, int32_t key_dim, in
   }
   const halve::Layout layout = halve::LayOut(shared, key_dim);
   halve::Pair* pair = pairs <= halve::kSharedPairs ? layout.pairs : reinterpret_cast<halve::Pair*>(scratch);
-  halve::List<T, kThreads, RowsOf> list{rows, count, pairs, key_dim, value_dim, params, key, number, layout, pair, keep,
-                                        complement};
+  halve::List<T, kThreads, RowsOf> list{rows, count,  pairs,  key_dim, value_dim, params,
+                                        key,  number, layout, pair,    keep,      complement};
   list.Prepare();
-  const int tiles = halve::StagedTiles<T>(key_dim, value_dim);
-  if (tiles == 4) {
-    list.template Decide<4>(true);
-  } else if (tiles == 2) {
-    list.template Decide<2>(true);
-  } else {
-    list.template Decide<1>(tiles == 1);
+  if (pairs <= halve::kMostPairs) {
+    list.DecideShort();
+    return;
   }
+  if constexpr (kMostCount > 2 * halve::kMostPairs) list.DecideLong();
 }
 
 }  // namespace express::cuda

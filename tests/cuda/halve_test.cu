@@ -1,7 +1,6 @@
-// Kernel halving on the GPU against the scalar reference in double: the same choices, except from a near-tie onward (f32
-// may fall on the other side of one, and later pairs depend on it). And the same choices whatever the threads of a block.
-#include "src/cuda/halve.cuh"
-
+// Kernel halving on the GPU against the scalar reference in double: the same choices, except from a near-tie onward
+// (f32 may fall on the other side of one, and later pairs depend on it). And the same choices whatever the threads of a
+// block.
 #include <cuda_runtime_api.h>
 #include <gtest/gtest.h>
 
@@ -18,6 +17,7 @@
 #include <vector>
 
 #include "src/cpu/reference.h"
+#include "src/cuda/halve.cuh"
 
 namespace express::cuda {
 namespace {
@@ -105,14 +105,20 @@ struct List {
     return x;
   }
   static T Round(float x) {
-    if constexpr (sizeof(T) == 4) return x;
-    else if constexpr (std::is_same_v<T, Half>) return __float2half_rn(x);
-    else return __float2bfloat16_rn(x);
+    if constexpr (sizeof(T) == 4)
+      return x;
+    else if constexpr (std::is_same_v<T, Half>)
+      return __float2half_rn(x);
+    else
+      return __float2bfloat16_rn(x);
   }
   static double Double(T x) {
-    if constexpr (sizeof(T) == 4) return x;
-    else if constexpr (std::is_same_v<T, Half>) return __half2float(x);
-    else return __bfloat162float(x);
+    if constexpr (sizeof(T) == 4)
+      return x;
+    else if constexpr (std::is_same_v<T, Half>)
+      return __half2float(x);
+    else
+      return __bfloat162float(x);
   }
 
   void Fill(std::mt19937& rng) {
@@ -193,7 +199,8 @@ void HalveAll(const std::vector<List<T>>& lists, std::vector<std::vector<uint8_t
                     memory.Take<uint8_t>(static_cast<size_t>(l.c.count / 2))});
   }
   ASSERT_LE(shared, size_t{43} << 10);
-  HalveKernel<T, kThreads><<<static_cast<uint32_t>(jobs.size()), kThreads, shared>>>(memory.Take(jobs.size(), jobs.data()));
+  HalveKernel<T, kThreads>
+      <<<static_cast<uint32_t>(jobs.size()), kThreads, shared>>>(memory.Take(jobs.size(), jobs.data()));
   CHECK_CUDA(cudaGetLastError());
   CHECK_CUDA(cudaDeviceSynchronize());
   keeps.clear();
@@ -224,7 +231,8 @@ std::vector<reference::Halved> Expected(const std::vector<List<T>>& lists) {
 
 std::vector<ListCase> Cases(DType dtype) {
   std::vector<ListCase> cases;
-  for (const auto& [dk, dv] : {std::pair{8, 8}, {64, 64}, {80, 96}, {96, 80}, {128, 128}, {128, 64}, {192, 128}, {256, 256}})
+  for (const auto& [dk, dv] :
+       {std::pair{8, 8}, {64, 64}, {80, 96}, {96, 80}, {128, 128}, {128, 64}, {192, 128}, {256, 256}})
     for (const int32_t count : {2, 4, 6, 16, 18, 32, 34, 62, 64, 66, 126, 130, 200, 400})
       cases.push_back({dtype, dk, dv, count, 1, 0.1f});
   cases.push_back({dtype, 1024, 1024, 70, 1, 0.1f});
@@ -232,8 +240,8 @@ std::vector<ListCase> Cases(DType dtype) {
   for (const float gamma : {0.0f, 0.5f, 1.0f})
     for (const float tau : {0.0f, 0.01f, 0.1f, 1.0f})
       for (const int32_t count : {32, 64, 200}) cases.push_back({dtype, 128, 128, count, gamma, tau});
-  for (const Kind kind : {Kind::kHugeMean, Kind::kSmallMean, Kind::kEqual, Kind::kAllEqual, Kind::kZeroValues, Kind::kFar,
-                          Kind::kHuge, Kind::kTiny, Kind::kLongRow})
+  for (const Kind kind : {Kind::kHugeMean, Kind::kSmallMean, Kind::kEqual, Kind::kAllEqual, Kind::kZeroValues,
+                          Kind::kFar, Kind::kHuge, Kind::kTiny, Kind::kLongRow})
     for (const float gamma : {0.5f, 1.0f})
       for (const int32_t count : {4, 32, 66, 200, 400}) cases.push_back({dtype, 96, 128, count, gamma, 0.1f, kind});
   for (const int32_t count : {2, 64, 1226}) cases.push_back({dtype, 64, 64, count, 1, 0.1f, Kind::kPlain, true});
@@ -249,11 +257,10 @@ class HalveTest : public testing::Test {
  protected:
   void SetUp() override {
     int devices = 0;
-    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) GTEST_SKIP() << "NO CUDA DEVICE: NOTHING IS TESTED";
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
+      GTEST_SKIP() << "NO CUDA DEVICE: NOTHING IS TESTED";
   }
-  static constexpr DType kDType = sizeof(T) == 4                     ? DType::kF32
-                                  : std::is_same_v<T, Half> ? DType::kF16
-                                                            : DType::kBF16;
+  static constexpr DType kDType = sizeof(T) == 4 ? DType::kF32 : std::is_same_v<T, Half> ? DType::kF16 : DType::kBF16;
 };
 using Types = testing::Types<float, Half, BFloat16>;
 TYPED_TEST_SUITE(HalveTest, Types);
@@ -289,13 +296,14 @@ TYPED_TEST(HalveTest, ChoosesAsTheReference) {
       wrong += margin > kNearTie;
       std::ostringstream text;
       text << lists[l].c;
-      std::printf("  %s: pair %zu of %zu differs, margin %.2g (sum %.6g threshold %.6g draw %.6g)\n", text.str().c_str(),
-                  a, keeps[l].size(), margin, d.sum, d.threshold, d.draw);
+      std::printf("  %s: pair %zu of %zu differs, margin %.2g (sum %.6g threshold %.6g draw %.6g)\n",
+                  text.str().c_str(), a, keeps[l].size(), margin, d.sum, d.threshold, d.draw);
       EXPECT_LE(margin, kNearTie) << "pair " << a;
     }
   }
   std::printf(
-      "%zu lists: %d differ from some near-tie on (largest margin %.2g), %d wrong; %d near-ties met, smallest margin with "
+      "%zu lists: %d differ from some near-tie on (largest margin %.2g), %d wrong; %d near-ties met, smallest margin "
+      "with "
       "the same choice %.2g; %d choices that no draw would have changed\n",
       lists.size(), differ, largest, wrong, ties, least, decided);
   EXPECT_LE(differ, static_cast<int>(lists.size()) / 20);
