@@ -101,7 +101,7 @@ struct List {
   }
   static T Nan() {
     T x;
-    std::memset(&x, 0xFF, sizeof(T));
+    std::memset(static_cast<void*>(&x), 0xFF, sizeof(T));
     return x;
   }
   static T Round(float x) {
