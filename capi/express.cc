@@ -2,7 +2,9 @@
 #include "capi/express.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstring>
+#include <iterator>
 #include <new>
 #include <optional>
 
@@ -79,19 +81,27 @@ Status Span(const char* name, const From* data, int64_t count, std::span<const T
   return Status();
 }
 
-// The caller's struct may be longer than ours if the rest is zero. (A shorter one, of an older version, would be
-// completed by the defaults; so far there is only one version.)
+// Sizes of express_config in versions before this one.
+constexpr uint32_t kConfigSizes[] = {offsetof(express_config, stream)};  // 1.0
+
+bool KnownConfigSize(uint32_t size) {
+  return size >= sizeof(express_config) || std::count(std::begin(kConfigSizes), std::end(kConfigSizes), size) > 0;
+}
+
+// The caller's struct may be longer than ours if the rest is zero; one of an older version is completed by the
+// defaults, which `config` holds.
 Status TakeConfig(const express_config* given, express_config* config) {
   EXPRESS_RETURN_IF_ERROR(NotNull({{"config", given}}));
   const uint32_t size = given->struct_size;
-  if (size < sizeof(express_config))
+  if (!KnownConfigSize(size))
     return Error(StatusCode::kInvalidArgument, "config.struct_size: expected at least ", sizeof(express_config),
                  ", got ", size);
   const auto* bytes = reinterpret_cast<const unsigned char*>(given);
-  if (std::any_of(bytes + sizeof(express_config), bytes + size, [](unsigned char byte) { return byte != 0; }))
+  if (size > sizeof(express_config) &&
+      std::any_of(bytes + sizeof(express_config), bytes + size, [](unsigned char byte) { return byte != 0; }))
     return Error(StatusCode::kUnsupported, "config.struct_size: ", size,
                  " bytes with fields set that this version of the library does not know");
-  *config = *given;
+  std::memcpy(config, given, std::min<size_t>(size, sizeof(express_config)));
   return Status();
 }
 
@@ -135,11 +145,12 @@ Status ConvertConfig(const express_config* given, express::Config* to) {
   to->threads = c.threads;
   to->parallel_for = c.parallel_for;
   to->parallel_for_context = c.parallel_for_context;
+  to->stream = c.stream;
   return Status();
 }
 
 // The numbers of the two interfaces are the same.
-static_assert(static_cast<int>(StatusCode::kInternal) == EXPRESS_STATUS_INTERNAL);
+static_assert(static_cast<int>(StatusCode::kRingFull) == EXPRESS_STATUS_RING_FULL);
 static_assert(static_cast<int>(StatusCode::kBroken) == EXPRESS_STATUS_BROKEN);
 static_assert(static_cast<int>(express::DType::kBF16) == EXPRESS_DTYPE_BF16);
 static_assert(static_cast<int>(express::DType::kI64) == EXPRESS_DTYPE_I64);
@@ -171,6 +182,9 @@ const char* express_status_name(express_status status) {
       "EXPRESS_STATUS_UNSUPPORTED",
       "EXPRESS_STATUS_BROKEN",
       "EXPRESS_STATUS_INTERNAL",
+      "EXPRESS_STATUS_DEVICE_ERROR",
+      "EXPRESS_STATUS_STEPS_PENDING",
+      "EXPRESS_STATUS_RING_FULL",
   };
   const auto number = static_cast<unsigned>(status);
   return number < std::size(kNames) ? kNames[number] : "EXPRESS_STATUS_UNKNOWN";
@@ -182,15 +196,17 @@ uint32_t express_version(void) {
   return EXPRESS_VERSION_MAJOR * 10000 + EXPRESS_VERSION_MINOR * 100 + EXPRESS_VERSION_PATCH;
 }
 
-const char* express_version_string(void) { return "1.0.0"; }
+const char* express_version_string(void) { return "1.1.0"; }
 
 express_status express_config_init(express_config* config, uint32_t struct_size) {
   return Guard([&] {
     EXPRESS_RETURN_IF_ERROR(NotNull({{"config", config}}));
-    if (struct_size != sizeof(express_config))
+    if (struct_size > sizeof(express_config) || !KnownConfigSize(struct_size))
       return Error(StatusCode::kInvalidArgument, "struct_size: expected ", sizeof(express_config), ", got ",
                    struct_size);
-    *config = express_config EXPRESS_CONFIG_INIT;
+    express_config defaults = EXPRESS_CONFIG_INIT;
+    defaults.struct_size = struct_size;
+    std::memcpy(config, &defaults, struct_size);
     return Status();
   });
 }
@@ -249,6 +265,47 @@ express_status express_attend(const express_cache* cache, int32_t layer, const e
     EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}, {"q", q}, {"out", out}}));
     const auto lse_tensor = FromOptional(lse);
     return From(cache)->Attend(layer, From(*q), From(*out), PointerTo(lse_tensor));
+  });
+}
+
+express_status express_append_batch(express_cache* const* caches, int64_t count, int32_t layer,
+                                    const express_tensor* k, const express_tensor* v) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"caches", caches}, {"k", k}, {"v", v}}));
+    if (count < 0) return Error(StatusCode::kInvalidArgument, "count: expected >= 0, got ", count);
+    return Cache::AppendBatch(reinterpret_cast<Cache* const*>(caches), count, layer, From(*k), From(*v));
+  });
+}
+
+express_status express_attend_batch(const express_cache* const* caches, int64_t count, int32_t layer,
+                                    const express_tensor* q, const express_tensor* out, const express_tensor* lse) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"caches", caches}, {"q", q}, {"out", out}}));
+    if (count < 0) return Error(StatusCode::kInvalidArgument, "count: expected >= 0, got ", count);
+    const auto lse_tensor = FromOptional(lse);
+    return Cache::AttendBatch(reinterpret_cast<const Cache* const*>(caches), count, layer, From(*q), From(*out),
+                              PointerTo(lse_tensor));
+  });
+}
+
+express_status express_set_stream(express_cache* cache, void* stream) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}}));
+    return From(cache)->SetStream(stream);
+  });
+}
+
+express_status express_step_prepare(express_cache* cache, int64_t n) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}}));
+    return From(cache)->StepPrepare(n);
+  });
+}
+
+express_status express_step_cancel(express_cache* cache) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}}));
+    return From(cache)->StepCancel();
   });
 }
 

@@ -1,4 +1,4 @@
-/* express.h - the C ABI of Express, version 1.0 (C99).
+/* express.h - the C ABI of Express, version 1.1 (C99).
  *
  * Express keeps the KV cache of a transformer inside a fixed memory budget, however long the sequence grows, and
  * computes attention over what it keeps. One cache serves one sequence: per layer and KV head it holds a weighted set
@@ -29,7 +29,7 @@
 #include <stdint.h>
 
 #define EXPRESS_VERSION_MAJOR 1
-#define EXPRESS_VERSION_MINOR 0
+#define EXPRESS_VERSION_MINOR 1
 #define EXPRESS_VERSION_PATCH 0
 
 #if defined(__GNUC__) || defined(__clang__)
@@ -65,7 +65,12 @@ typedef enum express_status {
   /* The engine's parallel_for did not run every task once. From a mutating call, and from every call after it: the cache
    * accepts only express_reset and express_destroy. From express_attend: only its outputs are incomplete. */
   EXPRESS_STATUS_BROKEN = 14,
-  EXPRESS_STATUS_INTERNAL = 15 /* a defect of the library */
+  EXPRESS_STATUS_INTERNAL = 15, /* a defect of the library */
+  /* Since 1.1. A CUDA call failed: no driver or device, or an error that an earlier kernel of the process left behind. From a
+   * call that had begun to work, the cache afterwards accepts only express_reset and express_destroy. */
+  EXPRESS_STATUS_DEVICE_ERROR = 16,
+  EXPRESS_STATUS_STEPS_PENDING = 17, /* since 1.1: steps were prepared for a graph and have not all been replayed */
+  EXPRESS_STATUS_RING_FULL = 18      /* since 1.1: more prepared steps than the ring holds */
 } express_status;
 
 /* The name of a status, for example "EXPRESS_STATUS_OK"; "EXPRESS_STATUS_UNKNOWN" for a number that is none. Static
@@ -94,7 +99,7 @@ typedef enum express_dtype {
 /* Devices, numbered as in DLPack. */
 typedef enum express_device_type {
   EXPRESS_DEVICE_CPU = 1,
-  EXPRESS_DEVICE_CUDA = 2 /* reserved: EXPRESS_STATUS_UNSUPPORTED in a library without it */
+  EXPRESS_DEVICE_CUDA = 2 /* EXPRESS_STATUS_UNSUPPORTED in a library built without it */
 } express_device_type;
 
 /* A view of an array. `strides` counts elements, not bytes; NULL means row-major and contiguous. */
@@ -209,6 +214,9 @@ typedef struct express_config {
   int32_t threads;       /* threads to compute on, >= 1; EXPRESS_AUTO: one per hardware thread */
   express_parallel_for parallel_for; /* NULL: oneTBB; otherwise threads must say how many workers it has */
   void *parallel_for_context;
+
+  /* Since 1.1. CUDA caches: the cudaStream_t that calls enqueue on until express_set_stream; NULL: the default stream. */
+  void *stream;
 } express_config;
 
 #define EXPRESS_CONFIG_INIT                                                                                            \
@@ -216,7 +224,7 @@ typedef struct express_config {
     (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0,   \
         EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,     \
         EXPRESS_HALVING_KERNEL, 0.5, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0, EXPRESS_AUTO, NULL, \
-        NULL                                                                                                           \
+        NULL, NULL                                                                                                     \
   }
 
 /* The same as a function, for languages without the macro: fills the first struct_size bytes of *config with the
@@ -265,6 +273,45 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_append_all(express_cache *ca
 EXPRESS_API EXPRESS_MUST_USE express_status express_attend(const express_cache *cache, int32_t layer,
                                                            const express_tensor *q, const express_tensor *out,
                                                            const express_tensor *lse);
+
+/* ---------------------------------------------------------------------------------- streaming: many sequences ---- */
+
+/* Since 1.1. express_append of one token, and express_attend of one query token, for each of `count` caches (distinct, of
+ * equal layers, heads, dims, dtype, device, scale and weight_exponent; budgets and lengths may differ; on CUDA all on one
+ * stream). The arrays of pointers are read during the call only.
+ *   k: (count, kv_heads, key_dim)        v: (count, kv_heads, value_dim)
+ *   q: (count, query_heads, key_dim)     out: (count, query_heads, value_dim)     lse: (count, query_heads) F32, or NULL
+ * append fails as a whole. On CUDA the work of all caches is a few kernel launches, whatever their number. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_append_batch(express_cache *const *caches, int64_t count,
+                                                                 int32_t layer, const express_tensor *k,
+                                                                 const express_tensor *v);
+EXPRESS_API EXPRESS_MUST_USE express_status express_attend_batch(const express_cache *const *caches, int64_t count,
+                                                                 int32_t layer, const express_tensor *q,
+                                                                 const express_tensor *out, const express_tensor *lse);
+
+/* ----------------------------------------------------------------------------------- CUDA: streams and graphs ---- */
+
+/* On CUDA every call enqueues on the cache's stream and returns: no call but express_create, express_destroy and
+ * express_reset synchronises, and nothing is allocated after creation. Tensors are device memory, every row of k, v, q and out
+ * aligned to 16 bytes; they must live until the stream has passed the call. Concurrent express_attend calls on one cache
+ * must be on one stream.
+ *
+ * Since 1.1. The stream (cudaStream_t) of later calls. The caller orders it after work of this cache on the old one. On the
+ * CPU: EXPRESS_STATUS_UNSUPPORTED. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_set_stream(express_cache *cache, void *stream);
+
+/* Since 1.1. CUDA graphs: which slots a token takes and what is halved depends on counts, so the host plans it. While the
+ * stream is being captured, express_append (and express_append_batch) of one token only records kernels that read their
+ * operations from a ring on the device; express_step_prepare plans the coming n tokens of all layers into that ring, on the
+ * cache's stream, outside of the capture. Capture one step (for every layer in order: append, attend), then: prepare n,
+ * replay n times, and again. Eager calls that change the cache need all prepared steps to have run (else
+ * EXPRESS_STATUS_STEPS_PENDING: synchronise the stream, or cancel); a ring without room for n more steps is
+ * EXPRESS_STATUS_RING_FULL; the ring holds at least 64 steps once its steps have run. A replay that was not prepared changes
+ * nothing and breaks the cache (EXPRESS_STATUS_BROKEN from the next call that notices). On the CPU both calls do nothing.
+ *
+ * express_step_cancel: the caller has synchronised the stream; prepared steps that were not replayed are taken back. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_step_prepare(express_cache *cache, int64_t n);
+EXPRESS_API EXPRESS_MUST_USE express_status express_step_cancel(express_cache *cache);
 
 /* ------------------------------------------------------------------------------------------- streaming: prefill ---- */
 

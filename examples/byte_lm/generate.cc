@@ -58,16 +58,18 @@ void Generate(const CommonOptions& common, const GenerateOptions& options) {
                               {"prompt_tokens", n},
                               {"tokens", options.tokens},
                               {"prefill_seconds", prefill},
+                              {"prefill_tokens_per_second", static_cast<double>(n) / prefill},
                               {"decode_seconds", decode},
                               {"decode_tokens_per_second", per_second},
                               {"kv_bytes_peak", kv->BytesPeak()},
+                              {"kv_entry_bytes_peak", kv->EntriesPeak() * kv->EntryBytes()},
                               {"entries_peak", kv->EntriesPeak()},
                               {"seed", common.kv.seed}};
     std::printf("%s\n", r.dump().c_str());
     return;
   }
   std::printf("\n");
-  std::fprintf(stderr, "prompt: %lld tokens in %.2f s; decoded %lld tokens at %.0f tokens/s; KV cache %.2f MB\n",
-               static_cast<long long>(n), prefill, static_cast<long long>(options.tokens), per_second,
-               static_cast<double>(kv->BytesPeak()) / 1e6);
+  std::fprintf(stderr, "prompt: %lld tokens at %.0f tokens/s; decoded %lld tokens at %.0f tokens/s; KV cache %.2f MB\n",
+               static_cast<long long>(n), static_cast<double>(n) / prefill, static_cast<long long>(options.tokens),
+               per_second, static_cast<double>(kv->BytesPeak()) / 1e6);
 }

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <numeric>
@@ -29,7 +30,8 @@ struct Tensor3 {
 // All that an engine needs of Express: create, then per layer either prefill, or append and attend.
 class ExpressKv final : public KvCache {
  public:
-  ExpressKv(const ModelConfig& model, const express_config& config) : model_(model) {
+  ExpressKv(const ModelConfig& model, const express_config& config)
+      : model_(model), entry_bytes_(2 * model.head_dim * (config.dtype == EXPRESS_DTYPE_F32 ? 4 : 2)) {
     Check(express_create(&config, &cache_), "express_create");
   }
   ~ExpressKv() override { express_destroy(&cache_); }
@@ -48,6 +50,7 @@ class ExpressKv final : public KvCache {
   }
   int64_t BytesPeak() const override { return Stats().bytes_peak; }
   int64_t EntriesPeak() const override { return Stats().entries_peak; }
+  int64_t EntryBytes() const override { return entry_bytes_; }
 
  private:
   express_stats Stats() const {
@@ -56,6 +59,7 @@ class ExpressKv final : public KvCache {
     return stats;
   }
   ModelConfig model_;
+  int64_t entry_bytes_;
   express_cache* cache_ = nullptr;
 };
 
@@ -119,6 +123,9 @@ float Dot(const float* a, const float* b, int64_t n) {
 }  // namespace
 
 std::unique_ptr<KvCache> MakeKv(const KvOptions& o, const ModelConfig& m, int64_t tokens) {
+  if (tokens > m.context)
+    std::fprintf(stderr, "express-lm: %lld tokens are more than the %lld that the model was trained for\n",
+                 static_cast<long long>(tokens), static_cast<long long>(m.context));
   if (o.policy != "window") {
     Choose<int>("--policy", o.policy, {{"exact", 0}, {"uniform", 0}, {"express", 0}});
     return MakeExpress(o, m, tokens);
@@ -127,19 +134,24 @@ std::unique_ptr<KvCache> MakeKv(const KvOptions& o, const ModelConfig& m, int64_
   const auto heads = static_cast<size_t>(m.layers * m.kv_heads);
   std::vector<int64_t> capacity(heads, o.budget);
   if (!o.profile.empty()) capacity = ProfileBudgets(ReadProfile(o.profile, m), o.budget, o.power);
-  for (const int64_t c : capacity)
-    if (c <= o.sinks) throw std::runtime_error("--budget: the window needs more entries than sinks");
   return std::make_unique<PlainKv>(m, capacity, o.sinks);
 }
 
-PlainKv::PlainKv(const ModelConfig& model, std::vector<int64_t> capacity, int64_t sinks, int64_t beyond)
+PlainKv::PlainKv(const ModelConfig& model, const std::vector<int64_t>& capacity, int64_t sinks, int64_t beyond)
     : model_(model), sinks_(sinks), beyond_(beyond), heads_(capacity.size()) {
+  if (sinks < 0) throw std::runtime_error("--sinks: expected at least 0");
+  for (const int64_t c : capacity)
+    if (c <= sinks) throw std::runtime_error("--budget: every head needs more entries than sinks");
   for (size_t i = 0; i < heads_.size(); ++i) heads_[i].capacity = capacity[i];
 }
 
 void PlainKv::Insert(Head& head, const float* k, const float* v) {
   const int64_t dim = model_.head_dim;
   if (head.count < head.capacity) {
+    if (head.k.size() == head.k.capacity())  // never more than the capacity
+      for (std::vector<float>* x : {&head.k, &head.v})
+        x->reserve(
+            static_cast<size_t>(std::clamp<int64_t>(2 * head.count, 64, std::max<int64_t>(64, head.capacity)) * dim));
     head.k.insert(head.k.end(), k, k + dim);
     head.v.insert(head.v.end(), v, v + dim);
     ++head.count;
@@ -199,7 +211,11 @@ int64_t PlainKv::EntriesPeak() const {
                          [](int64_t sum, const Head& head) { return sum + head.count; });
 }
 
-int64_t PlainKv::BytesPeak() const { return EntriesPeak() * 2 * model_.head_dim * static_cast<int64_t>(sizeof(float)); }
+int64_t PlainKv::BytesPeak() const {
+  return std::accumulate(heads_.begin(), heads_.end(), int64_t{0}, [](int64_t sum, const Head& head) {
+    return sum + static_cast<int64_t>((head.k.capacity() + head.v.capacity()) * sizeof(float));
+  });
+}
 
 std::vector<double> PlainKv::FarMass() const {
   std::vector<double> mass;

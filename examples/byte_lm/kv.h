@@ -23,26 +23,29 @@ struct KvOptions {
   int threads = EXPRESS_AUTO;
 };
 
-// A cache for up to `tokens` tokens. Throws std::runtime_error with the library's message.
+// A cache for up to `tokens` tokens; says so on stderr if that is more than the model was trained for. Throws
+// std::runtime_error with the library's message.
 std::unique_ptr<KvCache> MakeKv(const KvOptions& options, const ModelConfig& model, int64_t tokens);
 
 // Keys and values in plain arrays, of all tokens or of sinks and the last ones; also measures far mass.
 class PlainKv final : public KvCache {
  public:
   // capacity: (layers, kv_heads) entries, the first `sinks` of them for the first tokens. `beyond` > 0 measures
-  // attention mass on tokens more than so many back, which needs a capacity that drops none.
-  PlainKv(const ModelConfig& model, std::vector<int64_t> capacity, int64_t sinks, int64_t beyond = 0);
+  // attention mass on tokens more than so many back, which needs a capacity that drops none. Throws unless every
+  // capacity exceeds the sinks.
+  PlainKv(const ModelConfig& model, const std::vector<int64_t>& capacity, int64_t sinks, int64_t beyond = 0);
 
   void Attend(int64_t layer, int64_t n, const float* q, const float* k, const float* v, float* out) override;
   int64_t BytesPeak() const override;
   int64_t EntriesPeak() const override;
+  int64_t EntryBytes() const override { return 2 * model_.head_dim * static_cast<int64_t>(sizeof(float)); }
   // (layers, kv_heads): mean attention probability on far tokens, over the queries that have any.
   std::vector<double> FarMass() const;
 
  private:
   struct Head {
     int64_t capacity, count = 0, next = 0;  // next: where the window's ring is overwritten
-    std::vector<float> k, v;                // (count, head_dim)
+    std::vector<float> k, v;                // (count, head_dim), grown by doubling up to (capacity, head_dim)
     double far_mass = 0;
     int64_t far_queries = 0;
   };

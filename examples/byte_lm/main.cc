@@ -1,7 +1,11 @@
 // express-lm: a small language model that reads, recalls and writes with its KV cache inside a budget.
+#include <tbb/global_control.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <exception>
+#include <optional>
+#include <stdexcept>
 
 #include "commands.h"
 
@@ -9,7 +13,8 @@ namespace {
 
 void AddCommon(CLI::App* app, CommonOptions& o) {
   app->add_option("--model", o.model, "Folder with config.json and model.safetensors")->required();
-  app->add_option("--threads", o.kv.threads, "Threads of the cache (default: all)");
+  app->add_option("--threads", o.kv.threads, "Threads to compute on (-1: one per hardware thread)")
+      ->capture_default_str();
   app->add_flag("--progress", o.progress, "Show progress even when stderr is no terminal");
 }
 
@@ -25,7 +30,9 @@ void AddCache(CLI::App* app, CommonOptions& o) {
   app->add_option("--profile", o.kv.profile,
                   "Far masses (express-lm profile): heads that look far get more of the budget");
   app->add_option("--power", o.kv.power, "Budgets beyond the base go by far mass to this power")->capture_default_str();
-  app->add_option("--sinks", o.kv.sinks, "First tokens, kept exactly")->capture_default_str();
+  app->add_option("--sinks", o.kv.sinks, "First tokens, kept exactly")
+      ->check(CLI::NonNegativeNumber)
+      ->capture_default_str();
   app->add_option("--window", o.kv.window, "Last tokens, kept exactly (-1: from the budget)")->capture_default_str();
   app->add_option("--protected", o.kv.protect, "Outlying older tokens, kept exactly (-1: from the budget)")
       ->capture_default_str();
@@ -109,6 +116,10 @@ int main(int argc, char** argv) {
 
   CLI11_PARSE(app, argc, argv);
   try {
+    const int threads = common.kv.threads;
+    if (threads != EXPRESS_AUTO && threads < 1) throw std::runtime_error("--threads: expected at least 1, or -1");
+    std::optional<tbb::global_control> limit;  // of the engine's own loops and of the library's
+    if (threads > 0) limit.emplace(tbb::global_control::max_allowed_parallelism, static_cast<size_t>(threads));
     if (*score_app) Score(common, score);
     if (*recall_app) Recall(common, cases);
     if (*profile_app) MeasureProfile(common, profile);

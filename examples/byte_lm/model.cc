@@ -73,6 +73,8 @@ ModelConfig ReadConfig(const std::string& path) {
                 c.at("max_position_embeddings"),
                 c.at("rms_norm_eps"),
                 c.at("rope_theta")};
+  if (m.layers < 1 || m.kv_heads < 1 || m.heads % m.kv_heads != 0)
+    throw std::runtime_error(path + ": num_attention_heads must be a multiple of num_key_value_heads");
   for (const int64_t dim : {m.hidden, m.heads * m.head_dim, m.kv_heads * m.head_dim, m.intermediate, m.vocab})
     if (dim <= 0 || dim % 32 != 0) throw std::runtime_error(path + ": every dimension must be a multiple of 32");
   return m;

@@ -21,6 +21,7 @@ class KvCache {
   virtual void Attend(int64_t layer, int64_t n, const float* q, const float* k, const float* v, float* out) = 0;
   virtual int64_t BytesPeak() const = 0;    // of memory, everything included
   virtual int64_t EntriesPeak() const = 0;  // keys held at most, over all layers and KV heads
+  virtual int64_t EntryBytes() const = 0;   // of one key with its value
 };
 
 class Model {

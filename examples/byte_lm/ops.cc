@@ -93,6 +93,8 @@ void Linear::Apply(const float* x, int64_t n, float* y) const {
     int64_t r = 0;
     for (; r + kRows <= n; r += kRows)
       MultiplyPanel<kRows>(x + r * inputs_, inputs_, panel, y + r * outputs_ + p * kPanel, outputs_);
+    for (; r + 4 <= n; r += 4)
+      MultiplyPanel<4>(x + r * inputs_, inputs_, panel, y + r * outputs_ + p * kPanel, outputs_);
     for (; r < n; ++r) MultiplyPanel<1>(x + r * inputs_, inputs_, panel, y + r * outputs_ + p * kPanel, outputs_);
   });
 }

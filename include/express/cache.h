@@ -4,6 +4,7 @@
 #define EXPRESS_CACHE_H_
 
 #include <cstddef>
+#include <span>
 #include <utility>
 
 #include "express/config.h"
@@ -58,6 +59,9 @@ class EXPRESS_EXPORT ExpressCache {
   Status WorkspaceSize(int64_t n, size_t* bytes) const;
   Status Prefill(int32_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                  const Tensor* lse = nullptr, const Workspace* workspace = nullptr);
+  Status SetStream(void* stream);
+  Status StepPrepare(int64_t n);
+  Status StepCancel();
   Status Compress(int32_t layer, int64_t tokens, int64_t* achieved = nullptr);
   Status Rollback(int64_t tokens);
   Status RollbackAvailable(int64_t* tokens) const;
@@ -67,6 +71,11 @@ class EXPRESS_EXPORT ExpressCache {
   Status Reset();
   Status GetStats(int32_t layer, Stats* stats) const;
   Status Bytes(int64_t* bytes) const;
+
+  // express_append_batch, express_attend_batch.
+  static Status AppendBatch(std::span<ExpressCache* const> caches, int32_t layer, const Tensor& k, const Tensor& v);
+  static Status AttendBatch(std::span<const ExpressCache* const> caches, int32_t layer, const Tensor& q,
+                            const Tensor& out, const Tensor* lse = nullptr);
 
   // express_compress_kv.
   static Status CompressKvWorkspace(const Config& config, size_t* bytes);

@@ -63,6 +63,8 @@ struct Config {
   int32_t threads = kAuto;
   ParallelFor parallel_for = nullptr;
   void* parallel_for_context = nullptr;
+
+  void* stream = nullptr;  // cudaStream_t
 };
 
 }  // namespace express

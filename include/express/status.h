@@ -27,6 +27,9 @@ enum class StatusCode : int32_t {
   kUnsupported = 13,
   kBroken = 14,
   kInternal = 15,
+  kDeviceError = 16,
+  kStepsPending = 17,
+  kRingFull = 18,
 };
 
 class [[nodiscard]] Status {

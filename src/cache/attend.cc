@@ -4,7 +4,7 @@
 // several: the result does not depend on the number of threads.
 #include <algorithm>
 
-#include "src/cache/cache.h"
+#include "src/cache/cpu_cache.h"
 #include "src/cache/message.h"
 
 namespace express::cache {
@@ -62,26 +62,10 @@ void AttendRows(const HeadState& head, const float* log_weight, float exponent, 
   queries.Store(first, rows, slab.value_dim, total);
 }
 
-Status CheckOutputs(const Config& c, int64_t n, const Tensor& out, const Tensor* lse, Array* out_array,
-                    Array* lse_array) {
-  EXPRESS_RETURN_IF_ERROR(CheckTensor("out", out, Types::kFloat, {n, c.query_heads, c.value_dim}, out_array));
-  if (lse != nullptr) EXPRESS_RETURN_IF_ERROR(CheckTensor("lse", *lse, Types::kF32, {n, c.query_heads}, lse_array));
-  return Status();
-}
-
 }  // namespace
 
-Status Cache::Attend(int32_t layer, const Tensor& q, const Tensor& out, const Tensor* lse) const {
-  EXPRESS_RETURN_IF_ERROR(CheckUsable());
-  EXPRESS_RETURN_IF_ERROR(CheckLayer(layer, false));
-  Array q_array, out_array, lse_array;
-  EXPRESS_RETURN_IF_ERROR(
-      CheckTensor("q", q, Types::kFloat, {kAnySize, config_.query_heads, config_.key_dim}, &q_array));
-  const int64_t n = q_array.shape[0];
-  EXPRESS_RETURN_IF_ERROR(CheckOutputs(config_, n, out, lse, &out_array, &lse_array));
-  if (config_.validate) EXPRESS_RETURN_IF_ERROR(CheckFinite("q", q_array));
-  const Array* lse_or_null = lse != nullptr ? &lse_array : nullptr;
-
+Status CpuCache::DoAttend(int32_t layer, const Queries& args) const {
+  const int64_t n = args.q.shape[0];
   const int64_t group = config_.query_heads / config_.kv_heads, rows = n * group;
   const int64_t at_once = RowsAtOnce(config_.key_dim, config_.value_dim), chunks = (rows + at_once - 1) / at_once;
   int64_t bytes = 0;
@@ -89,13 +73,14 @@ Status Cache::Attend(int32_t layer, const Tensor& q, const Tensor& out, const Te
     bytes += head(layer, g).slab.capacity * (config_.key_dim + config_.value_dim) * SizeOf(config_.dtype) * chunks;
   const bool parallel = threads_.count() > 1 && bytes >= kParallelBytes;
   Status status;
-  if (parallel && chunks == 1 && AttendInParallel(layer, q_array, out_array, lse_or_null, &status)) return status;
+  if (parallel && chunks == 1 && AttendInParallel(layer, args.q, args.out, args.lse_or_null(), &status)) return status;
 
   const auto body = [&](int64_t task, int32_t) {
     const HeadState& h = head(layer, static_cast<int32_t>(task / chunks));
     const int64_t first = task % chunks * at_once;
-    const QueryRows queries{q_array, out_array, lse_or_null, h.kv_head, group, static_cast<float>(config_.scale)};
-    AttendRows(h, parts_.plans[h.plan].log_weight, static_cast<float>(config_.weight_exponent), queries, first,
+    const QueryRows queries{args.q,    args.out, args.lse_or_null(),
+                            h.kv_head, group,    static_cast<float>(config_.scale)};
+    AttendRows(h, plans_.plans[h.plan].log_weight, static_cast<float>(config_.weight_exponent), queries, first,
                std::min(at_once, rows - first));
   };
   if (!parallel) {
@@ -108,7 +93,7 @@ Status Cache::Attend(int32_t layer, const Tensor& q, const Tensor& out, const Te
 
 // One task for each run of kSplit slots, when there are too few heads to go round. False if that does not pay or
 // another attention is using the room for partial results.
-bool Cache::AttendInParallel(int32_t layer, const Array& q, const Array& out, const Array* lse, Status* status) const {
+bool CpuCache::AttendInParallel(int32_t layer, const Array& q, const Array& out, const Array* lse, Status* status) const {
   const int64_t group = config_.query_heads / config_.kv_heads, rows = q.shape[0] * group;
   const int32_t key_dim = config_.key_dim, value_dim = config_.value_dim;
   int64_t tasks = 0;
@@ -135,7 +120,7 @@ bool Cache::AttendInParallel(int32_t layer, const Array& q, const Array& out, co
     const HeadState& h = head(layer, g);
     float scaled[kStackFloats];  // (rows, key_dim)
     queries(h).Load(0, rows, key_dim, scaled);
-    cpu::AttendPartial(h.slab, parts_.plans[h.plan].log_weight, static_cast<float>(config_.weight_exponent),
+    cpu::AttendPartial(h.slab, plans_.plans[h.plan].log_weight, static_cast<float>(config_.weight_exponent),
                        split * kSplit, std::min((split + 1) * kSplit, h.slab.capacity), scaled, rows, partial(task));
   });
   int64_t task = 0;
@@ -151,32 +136,26 @@ bool Cache::AttendInParallel(int32_t layer, const Array& q, const Array& out, co
   return true;
 }
 
-Status Cache::Prefill(int32_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
-                      const Tensor* lse, const Workspace*) {
-  EXPRESS_RETURN_IF_ERROR(CheckUsable());
-  EXPRESS_RETURN_IF_ERROR(CheckLayer(layer, false));
-  Input input{};
-  EXPRESS_RETURN_IF_ERROR(CheckInput(k, v, layer, &input));
-  Array q_array, out_array, lse_array;
-  EXPRESS_RETURN_IF_ERROR(
-      CheckTensor("q", q, Types::kFloat, {input.tokens, config_.query_heads, config_.key_dim}, &q_array));
-  EXPRESS_RETURN_IF_ERROR(CheckOutputs(config_, input.tokens, out, lse, &out_array, &lse_array));
-  if (config_.validate) EXPRESS_RETURN_IF_ERROR(CheckFinite("q", q_array));
-  EXPRESS_RETURN_IF_ERROR(CheckRoom(input));
+Status CpuCache::DoWorkspaceSize(int64_t, size_t* bytes) const {
+  *bytes = 0;  // works block by block, in the cache's own scratch
+  return Status();
+}
 
-  const int64_t begin = layer_tokens(layer), end = begin + input.tokens, block = config_.prefill_block;
+Status CpuCache::DoPrefill(int32_t layer, const Queries& queries, const Input& all, const Workspace&) {
+  Input input = all;
+  const int64_t begin = LayerTokens(layer), end = begin + input.tokens, block = config_.prefill_block;
   for (int64_t position = begin; position < end;) {
     const int64_t stop = std::min(end, (position / block + 1) * block);
     input.first_token = position - begin;
     input.tokens = stop - position;
-    EXPRESS_RETURN_IF_ERROR(PrefillBlock(layer, q_array, input, out_array, lse != nullptr ? &lse_array : nullptr));
+    EXPRESS_RETURN_IF_ERROR(PrefillBlock(layer, queries.q, input, queries.out, queries.lse_or_null()));
     EXPRESS_RETURN_IF_ERROR(Ingest(input));
     position = stop;
   }
   return Status();
 }
 
-Status Cache::PrefillBlock(int32_t layer, const Array& q, const Input& input, const Array& out, const Array* lse) {
+Status CpuCache::PrefillBlock(int32_t layer, const Array& q, const Input& input, const Array& out, const Array* lse) {
   const int32_t group = config_.query_heads / config_.kv_heads;
   // Few heads: cut the block's queries too. A query's result does not depend on the cut.
   const int64_t wanted =
@@ -186,8 +165,8 @@ Status Cache::PrefillBlock(int32_t layer, const Array& q, const Input& input, co
     const HeadState& h = head(layer, static_cast<int32_t>(task / cuts));
     const int64_t cut = task % cuts, t0 = input.first_token, h0 = int64_t{h.kv_head} * group;
     const cpu::BlockArgs args{
-        .key = input.Rows(input.k, layer, h.kv_head),
-        .value = input.Rows(input.v, layer, h.kv_head),
+        .key = {input.Rows(input.k, layer, h.kv_head), Input::RowStride(input.k), input.k.dtype},
+        .value = {input.Rows(input.v, layer, h.kv_head), Input::RowStride(input.v), input.v.dtype},
         .q = q.At(t0, h0),
         .q_token_stride = q.stride[0],
         .q_head_stride = q.stride[1],
@@ -205,7 +184,7 @@ Status Cache::PrefillBlock(int32_t layer, const Array& q, const Input& input, co
         .first = input.tokens * cut / cuts,
         .last = input.tokens * (cut + 1) / cuts,
     };
-    cpu::AttendBlock(h.slab, parts_.plans[h.plan].log_weight, args, scratch(worker));
+    cpu::AttendBlock(h.slab, plans_.plans[h.plan].log_weight, args, scratch(worker));
   };
   broken_ = true;
   if (!threads_.Run(config_.kv_heads * cuts, body)) return Broken();

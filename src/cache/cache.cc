@@ -7,51 +7,37 @@
 
 namespace express::cache {
 
-Cache::Cache(const Resolved& resolved, const Parts& parts, int64_t bytes)
-    : config_(resolved.config),
-      parts_(parts),
-      bytes_(bytes),
-      threads_(resolved.threads, resolved.config.parallel_for, resolved.config.parallel_for_context),
-      halve_{.scale = static_cast<float>(config_.scale),
-             .gamma = static_cast<float>(config_.gamma),
-             .tau = static_cast<float>(config_.tau),
-             .delta = static_cast<float>(config_.delta),
-             .coin = config_.halving == Halving::kCoin} {
-  for (int32_t i = 0; i < parts_.plan_count; ++i)
-    entries_budget_ += parts_.plans[i].plan.setting().budget * parts_.plans[i].head_count;
-  ResetState();
+Cache::Cache(const Resolved& resolved, const Plans& plans, int64_t bytes, TensorCheck check)
+    : config_(resolved.config), plans_(plans), bytes_(bytes), check_(check) {
+  for (int32_t i = 0; i < plans_.plan_count; ++i)
+    entries_budget_ += plans_.plans[i].plan.setting().budget * plans_.plans[i].head_count;
+  ResetCounts();
 }
 
-void Cache::ResetState() {
-  for (int32_t i = 0; i < parts_.plan_count; ++i) {
-    PlanState& state = parts_.plans[i];
-    state.plan.Reset();
-    std::fill_n(state.log_weight, state.plan.setting().budget, -std::numeric_limits<float>::infinity());
-  }
-  for (int64_t h = 0; h < int64_t{config_.layers} * config_.kv_heads; ++h) {
-    cpu::Protection& protection = parts_.heads[h].protection;
-    protection.count = protection.weakest = 0;
-    if (protection.capacity > 0) {
-      std::fill_n(protection.mean, config_.key_dim, 0.0f);
-      std::fill_n(protection.sum, config_.key_dim, 0.0f);
-    }
-  }
-  std::fill_n(parts_.layer_entries, config_.layers, 0);
-  std::fill_n(parts_.layer_peak, config_.layers, 0);
+void Cache::Destroy(Cache* cache) {
+  if (cache != nullptr) cache->Delete();
+}
+
+void Cache::ResetCounts() {
+  for (int32_t i = 0; i < plans_.plan_count; ++i) plans_.plans[i].plan.Reset();
+  std::fill_n(plans_.layer_entries, config_.layers, 0);
+  std::fill_n(plans_.layer_peak, config_.layers, 0);
   entries_ = entries_peak_ = 0;
-  compress_nanoseconds_ = 0;
-  broken_ = false;
 }
 
 Status Cache::Reset() {
-  ResetState();
+  ResetCounts();
+  EXPRESS_RETURN_IF_ERROR(ResetData());
+  broken_ = false;
   return Status();
 }
+
+Status Cache::SetStream(void* stream) { return DoSetStream(stream); }
 
 Status Cache::CheckUsable() const {
   if (!broken_) return Status();
   return Error(StatusCode::kBroken,
-               "cache: parallel_for did not run every task of an earlier call; only reset and destroy are allowed");
+               "cache: an earlier call failed on its way; only reset and destroy are allowed");
 }
 
 Status Cache::CheckLayer(int32_t layer, bool all_allowed) const {
@@ -63,21 +49,21 @@ Status Cache::CheckLayer(int32_t layer, bool all_allowed) const {
 Status Cache::CheckInput(const Tensor& k, const Tensor& v, int32_t layer, Input* input) const {
   const Config& c = config_;
   if (layer == kAllLayers) {
-    EXPRESS_RETURN_IF_ERROR(CheckTensor("k", k, Types::kFloat, {c.layers, kAnySize, c.kv_heads, c.key_dim}, &input->k));
+    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "k", k, Types::kFloat, {c.layers, kAnySize, c.kv_heads, c.key_dim}, &input->k));
     input->tokens = input->k.shape[1];
     EXPRESS_RETURN_IF_ERROR(
-        CheckTensor("v", v, Types::kFloat, {c.layers, input->tokens, c.kv_heads, c.value_dim}, &input->v));
+        CheckTensor(check_, "v", v, Types::kFloat, {c.layers, input->tokens, c.kv_heads, c.value_dim}, &input->v));
   } else {
-    EXPRESS_RETURN_IF_ERROR(CheckTensor("k", k, Types::kFloat, {kAnySize, c.kv_heads, c.key_dim}, &input->k));
+    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "k", k, Types::kFloat, {kAnySize, c.kv_heads, c.key_dim}, &input->k));
     input->tokens = input->k.shape[0];
-    EXPRESS_RETURN_IF_ERROR(CheckTensor("v", v, Types::kFloat, {input->tokens, c.kv_heads, c.value_dim}, &input->v));
+    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "v", v, Types::kFloat, {input->tokens, c.kv_heads, c.value_dim}, &input->v));
   }
   input->first_layer = layer == kAllLayers ? 0 : layer;
   input->layers = layer == kAllLayers ? c.layers : 1;
   input->first_token = 0;
   // Weights are 64-bit counts of tokens.
   for (int32_t i = 0; i < input->layers; ++i)
-    if (input->tokens > (int64_t{1} << 60) - layer_tokens(input->first_layer + i))
+    if (input->tokens > (int64_t{1} << 60) - LayerTokens(input->first_layer + i))
       return Error(StatusCode::kSizeOverflow, "k.shape: the stream would have more than 2^60 tokens");
   if (c.validate) {
     EXPRESS_RETURN_IF_ERROR(CheckFinite("k", input->k));
@@ -89,10 +75,10 @@ Status Cache::CheckInput(const Tensor& k, const Tensor& v, int32_t layer, Input*
 Status Cache::CheckRoom(const Input& input) const {
   if (config_.auto_compress) return Status();
   for (int32_t i = first_plan(input.first_layer); i < end_plan(input.first_layer + input.layers - 1); ++i) {
-    const int64_t room = parts_.plans[i].plan.RoomBeforeHalving();
+    const int64_t room = plans_.plans[i].plan.RoomBeforeHalving();
     if (room < input.tokens)
       return Error(StatusCode::kWouldCompress, "k: ", input.tokens, " tokens need a halving in layer ",
-                   parts_.plans[i].layer, ", which takes ", room,
+                   plans_.plans[i].layer, ", which takes ", room,
                    " more without; config.auto_compress is off: call compress first");
   }
   return Status();
@@ -115,26 +101,71 @@ Status Cache::AppendAll(const Tensor& k, const Tensor& v) {
   return Ingest(input);
 }
 
+Status Cache::CheckQueries(int64_t tokens, const Tensor& q, const Tensor& out, const Tensor* lse,
+                           Queries* queries) const {
+  const Config& c = config_;
+  EXPRESS_RETURN_IF_ERROR(
+      CheckTensor(check_, "q", q, Types::kFloat, {tokens, c.query_heads, c.key_dim}, &queries->q));
+  const int64_t n = queries->q.shape[0];
+  EXPRESS_RETURN_IF_ERROR(
+      CheckTensor(check_, "out", out, Types::kFloat, {n, c.query_heads, c.value_dim}, &queries->out));
+  queries->has_lse = lse != nullptr;
+  if (lse != nullptr)
+    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "lse", *lse, Types::kF32, {n, c.query_heads}, &queries->lse));
+  return c.validate ? CheckFinite("q", queries->q) : Status();
+}
+
+Status Cache::Attend(int32_t layer, const Tensor& q, const Tensor& out, const Tensor* lse) const {
+  EXPRESS_RETURN_IF_ERROR(CheckUsable());
+  EXPRESS_RETURN_IF_ERROR(CheckLayer(layer, false));
+  Queries queries{};
+  EXPRESS_RETURN_IF_ERROR(CheckQueries(kAnySize, q, out, lse, &queries));
+  return DoAttend(layer, queries);
+}
+
 Status Cache::WorkspaceSize(int64_t n, size_t* bytes) const {
   if (n < 0) return Error(StatusCode::kInvalidArgument, "n: expected >= 0, got ", n);
-  *bytes = 0;  // prefill on the CPU works block by block, in the cache's own scratch
-  return Status();
+  return DoWorkspaceSize(n, bytes);
+}
+
+Status Cache::Prefill(int32_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
+                      const Tensor* lse, const Workspace* workspace) {
+  EXPRESS_RETURN_IF_ERROR(CheckUsable());
+  EXPRESS_RETURN_IF_ERROR(CheckLayer(layer, false));
+  Input input{};
+  EXPRESS_RETURN_IF_ERROR(CheckInput(k, v, layer, &input));
+  Queries queries{};
+  EXPRESS_RETURN_IF_ERROR(CheckQueries(input.tokens, q, out, lse, &queries));
+  EXPRESS_RETURN_IF_ERROR(CheckRoom(input));
+  return DoPrefill(layer, queries, input, workspace != nullptr ? *workspace : Workspace{});
+}
+
+Status Cache::StepPrepare(int64_t n) {
+  EXPRESS_RETURN_IF_ERROR(CheckUsable());
+  if (n < 0) return Error(StatusCode::kInvalidArgument, "n: expected >= 0, got ", n);
+  return DoStepPrepare(n);
+}
+
+Status Cache::StepCancel() {
+  EXPRESS_RETURN_IF_ERROR(CheckUsable());
+  return DoStepCancel();
 }
 
 Status Cache::Compress(int32_t layer, int64_t tokens, int64_t* achieved) {
   EXPRESS_RETURN_IF_ERROR(CheckUsable());
   EXPRESS_RETURN_IF_ERROR(CheckLayer(layer, true));
   if (tokens < 0) return Error(StatusCode::kInvalidArgument, "tokens: expected >= 0, got ", tokens);
+  EXPRESS_RETURN_IF_ERROR(CheckSettled());
   const int32_t first = layer == kAllLayers ? 0 : first_plan(layer);
-  const int32_t end = layer == kAllLayers ? parts_.plan_count : end_plan(layer);
+  const int32_t end = layer == kAllLayers ? plans_.plan_count : end_plan(layer);
   int64_t room = std::numeric_limits<int64_t>::max();
   broken_ = true;
   for (int32_t i = first; i < end; ++i) {
-    plan::Plan& plan = parts_.plans[i].plan;
+    plan::Plan& plan = plans_.plans[i].plan;
     while (plan.RoomBeforeHalving() < tokens) {
-      parts_.operations.Clear();
-      if (!plan.HalveAhead(parts_.operations)) break;
-      if (!ExecuteOperations(i)) return Broken();
+      plans_.operations.Clear();
+      if (!plan.HalveAhead(plans_.operations)) break;
+      EXPRESS_RETURN_IF_ERROR(ExecuteOperations(i));
     }
     room = std::min(room, plan.RoomBeforeHalving());
   }
@@ -146,8 +177,9 @@ Status Cache::Compress(int32_t layer, int64_t tokens, int64_t* achieved) {
 
 Status Cache::RollbackAvailable(int64_t* tokens) const {
   EXPRESS_RETURN_IF_ERROR(CheckUsable());
+  EXPRESS_RETURN_IF_ERROR(CheckSettled());
   *tokens = std::numeric_limits<int64_t>::max();
-  for (int32_t i = 0; i < parts_.plan_count; ++i) *tokens = std::min(*tokens, parts_.plans[i].plan.RollbackAvailable());
+  for (int32_t i = 0; i < plans_.plan_count; ++i) *tokens = std::min(*tokens, plans_.plans[i].plan.RollbackAvailable());
   return Status();
 }
 
@@ -158,10 +190,10 @@ Status Cache::Rollback(int64_t tokens) {
   if (tokens > available)
     return Error(StatusCode::kRollbackUnavailable, "tokens: expected at most ", available,
                  " (express_rollback_available), got ", tokens);
-  for (int32_t i = 0; i < parts_.plan_count && tokens > 0; ++i) {
-    parts_.operations.Clear();
-    parts_.plans[i].plan.Rollback(tokens, parts_.operations);
-    ApplyWeights(parts_.plans[i], 0, parts_.operations.size());
+  for (int32_t i = 0; i < plans_.plan_count && tokens > 0; ++i) {
+    plans_.operations.Clear();
+    plans_.plans[i].plan.Rollback(tokens, plans_.operations);
+    EXPRESS_RETURN_IF_ERROR(ExecuteOperations(i));
   }
   CountEntries(0, config_.layers);
   return Status();
@@ -172,7 +204,8 @@ Status Cache::Entries(int32_t layer, int32_t kv_head, int64_t* count) const {
   EXPRESS_RETURN_IF_ERROR(CheckLayer(layer, false));
   if (kv_head < 0 || kv_head >= config_.kv_heads)
     return Error(StatusCode::kOutOfRange, "kv_head: expected 0 .. ", config_.kv_heads - 1, ", got ", kv_head);
-  *count = parts_.plans[head(layer, kv_head).plan].plan.live();
+  EXPRESS_RETURN_IF_ERROR(CheckSettled());
+  *count = plans_.plans[plans_.head_plan[layer * config_.kv_heads + kv_head]].plan.live();
   return Status();
 }
 
@@ -181,53 +214,35 @@ Status Cache::Export(int32_t layer, int32_t kv_head, const Tensor& k, const Tens
   int64_t entries = 0;
   EXPRESS_RETURN_IF_ERROR(Entries(layer, kv_head, &entries));
   Array k_array, v_array, weight_array, position_array;
-  EXPRESS_RETURN_IF_ERROR(CheckTensor("k", k, Types::kFloat, {kAnySize, config_.key_dim}, &k_array));
+  EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "k", k, Types::kFloat, {kAnySize, config_.key_dim}, &k_array));
   const int64_t capacity = k_array.shape[0];
-  EXPRESS_RETURN_IF_ERROR(CheckTensor("v", v, Types::kFloat, {capacity, config_.value_dim}, &v_array));
+  EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "v", v, Types::kFloat, {capacity, config_.value_dim}, &v_array));
   if (log_weight != nullptr)
-    EXPRESS_RETURN_IF_ERROR(CheckTensor("log_weight", *log_weight, Types::kF32, {capacity}, &weight_array));
+    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "log_weight", *log_weight, Types::kF32, {capacity}, &weight_array));
   if (position != nullptr)
-    EXPRESS_RETURN_IF_ERROR(CheckTensor("position", *position, Types::kI64, {capacity}, &position_array));
+    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "position", *position, Types::kI64, {capacity}, &position_array));
   if (capacity < entries)
     return Error(StatusCode::kBufferTooSmall, "k.shape: expected room for ", entries,
                  " entries (express_entries), got ", capacity);
-  ExportHead(head(layer, kv_head), k_array, v_array, log_weight != nullptr ? &weight_array : nullptr,
-             position != nullptr ? &position_array : nullptr);
+  EXPRESS_RETURN_IF_ERROR(ExportHead(layer * config_.kv_heads + kv_head, k_array, v_array,
+                                     log_weight != nullptr ? &weight_array : nullptr,
+                                     position != nullptr ? &position_array : nullptr));
   *count = entries;
   return Status();
-}
-
-// Rank-2 k and v, rank-1 weights and positions.
-void Cache::ExportHead(const HeadState& head, const Array& k, const Array& v, const Array* log_weight,
-                       const Array* position) const {
-  const PlanState& state = parts_.plans[head.plan];
-  const cpu::Slab& slab = head.slab;
-  const int64_t element = SizeOf(slab.dtype);
-  int64_t row = 0;
-  for (int64_t slot = 0; slot < slab.capacity; ++slot) {
-    if (state.plan.weights()[slot] == 0) continue;
-    cpu::Convert(static_cast<const char*>(slab.key) + slot * slab.key_dim * element, slab.dtype, k.At(row), k.dtype,
-                 slab.key_dim);
-    cpu::Convert(static_cast<const char*>(slab.value) + slot * slab.value_dim * element, slab.dtype, v.At(row), v.dtype,
-                 slab.value_dim);
-    if (log_weight != nullptr) *static_cast<float*>(log_weight->At(row)) = state.log_weight[slot];
-    if (position != nullptr) *static_cast<int64_t*>(position->At(row)) = slab.position[slot];
-    ++row;
-  }
 }
 
 Status Cache::GetStats(int32_t layer, Stats* stats) const {
   EXPRESS_RETURN_IF_ERROR(CheckUsable());
   EXPRESS_RETURN_IF_ERROR(CheckLayer(layer, true));
   const int32_t first = layer == kAllLayers ? 0 : first_plan(layer);
-  const int32_t end = layer == kAllLayers ? parts_.plan_count : end_plan(layer);
+  const int32_t end = layer == kAllLayers ? plans_.plan_count : end_plan(layer);
   Stats s;
   s.tokens = std::numeric_limits<int64_t>::max();
   s.min_weight = std::numeric_limits<int64_t>::max();
   for (int32_t i = first; i < end; ++i) {
-    const PlanState& state = parts_.plans[i];
+    const PlanState& state = plans_.plans[i];
     const int64_t budget = state.plan.setting().budget;
-    s.tokens = std::min(s.tokens, state.plan.tokens());
+    s.tokens = std::min(s.tokens, LayerTokens(state.layer));
     s.entries += state.plan.live() * state.head_count;
     s.entries_budget += budget * state.head_count;
     s.halvings += state.plan.halvings();
@@ -239,11 +254,23 @@ Status Cache::GetStats(int32_t layer, Stats* stats) const {
     }
   }
   if (s.max_weight == 0) s.min_weight = 0;
-  s.entries_peak = layer == kAllLayers ? entries_peak_ : parts_.layer_peak[layer];
+  s.entries_peak = layer == kAllLayers ? entries_peak_ : plans_.layer_peak[layer];
   s.bytes = s.bytes_peak = bytes_;
-  s.compress_seconds = static_cast<double>(compress_nanoseconds_.load()) * 1e-9;
+  s.compress_seconds = CompressSeconds();
   *stats = s;
   return Status();
+}
+
+void Cache::CountEntries(int32_t first_layer, int32_t layers) {
+  for (int32_t layer = first_layer; layer < first_layer + layers; ++layer) {
+    int64_t entries = 0;
+    for (int32_t i = first_plan(layer); i < end_plan(layer); ++i)
+      entries += plans_.plans[i].plan.live() * plans_.plans[i].head_count;
+    entries_ += entries - plans_.layer_entries[layer];
+    plans_.layer_entries[layer] = entries;
+    plans_.layer_peak[layer] = std::max(plans_.layer_peak[layer], entries);
+  }
+  entries_peak_ = std::max(entries_peak_, entries_);
 }
 
 Status Cache::Bytes(int64_t* bytes) const {

@@ -56,10 +56,23 @@ Status TakeStrides(const char* name, const Tensor& tensor, Array* array) {
   return Status();
 }
 
+// Kernels read rows in pieces of this many bytes.
+Status CheckRowAlignment(const TensorCheck& check, const char* name, const Array& array) {
+  const int64_t element = SizeOf(array.dtype);
+  if (reinterpret_cast<uintptr_t>(array.data) % static_cast<uintptr_t>(check.row_alignment) != 0)
+    return Error(StatusCode::kInvalidArgument, name, ".data: expected an address aligned to ", check.row_alignment,
+                 " bytes");
+  for (int32_t i = 0; i < array.rank - 1; ++i)
+    if (array.shape[i] > 1 && array.stride[i] * element % check.row_alignment != 0)
+      return Error(StatusCode::kShapeMismatch, name, ".strides[", i, "]: expected a multiple of ", check.row_alignment,
+                   " bytes, got ", array.stride[i], " elements of ", element);
+  return Status();
+}
+
 }  // namespace
 
-Status CheckTensor(const char* name, const Tensor& tensor, Types types, std::initializer_list<int64_t> shape,
-                   Array* array) {
+Status CheckTensor(const TensorCheck& check, const char* name, const Tensor& tensor, Types types,
+                   std::initializer_list<int64_t> shape, Array* array) {
   const auto rank = static_cast<int32_t>(shape.size());
   const auto expected = [&] {
     return ShapeText(shape.begin(), rank);
@@ -76,9 +89,10 @@ Status CheckTensor(const char* name, const Tensor& tensor, Types types, std::ini
     array->shape[i] = tensor.shape[i];
   }
   EXPRESS_RETURN_IF_ERROR(CheckType(name, tensor.dtype, types));
-  if (tensor.device_type != DeviceType::kCpu || tensor.device_id != 0)
-    return Error(StatusCode::kDeviceMismatch, name,
-                 ": expected memory of the CPU (device type 1, id 0), got device type ",
+  if (tensor.device_type != check.device_type || tensor.device_id != check.device_id)
+    return Error(StatusCode::kDeviceMismatch, name, ": expected memory of ",
+                 check.device_type == DeviceType::kCpu ? "the CPU" : "CUDA", " (device type ",
+                 static_cast<int32_t>(check.device_type), ", id ", check.device_id, "), got device type ",
                  static_cast<int32_t>(tensor.device_type), ", id ", tensor.device_id);
   array->data = static_cast<char*>(tensor.data);
   array->dtype = tensor.dtype;
@@ -89,7 +103,8 @@ Status CheckTensor(const char* name, const Tensor& tensor, Types types, std::ini
   if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(SizeOf(tensor.dtype)) != 0)
     return Error(StatusCode::kInvalidArgument, name, ".data: expected an address aligned to the element size of ",
                  SizeOf(tensor.dtype), " bytes");
-  return Status();
+  if (types == Types::kFloat) EXPRESS_RETURN_IF_ERROR(CheckRowAlignment(check, name, *array));
+  return check.check_pointer != nullptr ? check.check_pointer(name, tensor.data, check.device_id) : Status();
 }
 
 Status CheckFinite(const char* name, const Array& array) {

@@ -33,10 +33,19 @@ struct Array {
 
 enum class Types { kFloat, kF32, kI64 };  // kFloat: F32, F16 or BF16
 
+// Where tensors must live.
+struct TensorCheck {
+  DeviceType device_type = DeviceType::kCpu;
+  int32_t device_id = 0;
+  // Null on the CPU. Whether `data` is memory that kernels of this device can read.
+  Status (*check_pointer)(const char* name, const void* data, int32_t device_id) = nullptr;
+  int64_t row_alignment = 1;  // bytes to which every row of a floating tensor is aligned
+};
+
 // Checks a tensor against the shape it must have (kAnySize: any length >= 0) and takes its parts. `name` is the
 // argument's.
-Status CheckTensor(const char* name, const Tensor& tensor, Types types, std::initializer_list<int64_t> shape,
-                   Array* array);
+Status CheckTensor(const TensorCheck& check, const char* name, const Tensor& tensor, Types types,
+                   std::initializer_list<int64_t> shape, Array* array);
 
 // NaN or infinity in an input.
 Status CheckFinite(const char* name, const Array& array);

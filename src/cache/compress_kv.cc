@@ -1,6 +1,10 @@
 // One-shot compression: a cache in the caller's workspace, one append, one export.
 #include "src/cache/cache.h"
+#include "src/cache/cpu_cache.h"
 #include "src/cache/message.h"
+#ifdef EXPRESS_WITH_CUDA
+#include "src/cache/cuda_cache.h"
+#endif
 
 namespace express::cache {
 namespace {
@@ -14,8 +18,21 @@ Status ResolveOneShot(const Config& config, Resolved* resolved, int64_t* bytes) 
     return Error(StatusCode::kInvalidArgument,
                  "config: head_share and head_settings must be empty, all heads keep the same number");
   if (!config.auto_compress) return Error(StatusCode::kInvalidArgument, "config.auto_compress: expected on");
-  return Cache::Resolve(config, resolved, bytes);
+  EXPRESS_RETURN_IF_ERROR(Resolve(config, resolved, bytes));
+#ifdef EXPRESS_WITH_CUDA
+  if (config.device_type == DeviceType::kCuda) return CudaCache::OneShotBytes(*resolved, bytes);
+#endif
+  return Status();
 }
+
+TensorCheck CheckFor(const Config& config) {
+#ifdef EXPRESS_WITH_CUDA
+  if (config.device_type == DeviceType::kCuda) return CudaTensorCheck(config.device_id);
+#endif
+  return {.device_type = config.device_type, .device_id = config.device_id};
+}
+
+}  // namespace
 
 // The part of an output that is KV head g's.
 Array OfHead(const Array& array, int64_t g) {
@@ -28,8 +45,6 @@ Array OfHead(const Array& array, int64_t g) {
   }
   return part;
 }
-
-}  // namespace
 
 Status Cache::CompressKvWorkspace(const Config& config, size_t* bytes) {
   Resolved resolved;
@@ -46,14 +61,15 @@ Status Cache::CompressKv(const Config& config, const Tensor& k, const Tensor& v,
   int64_t bytes = 0;
   EXPRESS_RETURN_IF_ERROR(ResolveOneShot(config, &resolved, &bytes));
   const int64_t heads = config.kv_heads;
+  const TensorCheck check = CheckFor(config);
   Array out_k_array, out_v_array, weight_array, position_array;
-  EXPRESS_RETURN_IF_ERROR(CheckTensor("out_k", out_k, Types::kFloat, {heads, kAnySize, config.key_dim}, &out_k_array));
+  EXPRESS_RETURN_IF_ERROR(CheckTensor(check, "out_k", out_k, Types::kFloat, {heads, kAnySize, config.key_dim}, &out_k_array));
   const int64_t capacity = out_k_array.shape[1];
   EXPRESS_RETURN_IF_ERROR(
-      CheckTensor("out_v", out_v, Types::kFloat, {heads, capacity, config.value_dim}, &out_v_array));
-  EXPRESS_RETURN_IF_ERROR(CheckTensor("log_weight", log_weight, Types::kF32, {heads, capacity}, &weight_array));
+      CheckTensor(check, "out_v", out_v, Types::kFloat, {heads, capacity, config.value_dim}, &out_v_array));
+  EXPRESS_RETURN_IF_ERROR(CheckTensor(check, "log_weight", log_weight, Types::kF32, {heads, capacity}, &weight_array));
   if (position != nullptr)
-    EXPRESS_RETURN_IF_ERROR(CheckTensor("position", *position, Types::kI64, {heads, capacity}, &position_array));
+    EXPRESS_RETURN_IF_ERROR(CheckTensor(check, "position", *position, Types::kI64, {heads, capacity}, &position_array));
   if (capacity < resolved.mean_entries)
     return Error(StatusCode::kBufferTooSmall, "out_k.shape: expected room for ", resolved.mean_entries,
                  " entries, got ", capacity);
@@ -64,19 +80,12 @@ Status Cache::CompressKv(const Config& config, const Tensor& k, const Tensor& v,
   if (workspace.bytes < static_cast<size_t>(bytes))
     return Error(StatusCode::kBufferTooSmall, "workspace.bytes: expected at least ", bytes, ", got ", workspace.bytes);
 
-  Cache* cache = Place(resolved, workspace.data, bytes);
-  struct End {
-    Cache* cache;
-    ~End() { cache->~Cache(); }
-  } end{cache};
-  EXPRESS_RETURN_IF_ERROR(cache->Append(0, k, v));
-  for (int32_t g = 0; g < config.kv_heads; ++g) {
-    const Array head_weight = OfHead(weight_array, g),
-                head_position = position != nullptr ? OfHead(position_array, g) : Array{};
-    cache->ExportHead(cache->head(0, g), OfHead(out_k_array, g), OfHead(out_v_array, g), &head_weight,
-                      position != nullptr ? &head_position : nullptr);
-  }
-  return cache->Entries(0, 0, count);
+  const OneShotOutput output{out_k_array, out_v_array, weight_array, position != nullptr ? &position_array : nullptr};
+#ifdef EXPRESS_WITH_CUDA
+  if (config.device_type == DeviceType::kCuda)
+    return CudaCache::CompressOnce(resolved, workspace.data, bytes, k, v, output, count);
+#endif
+  return CpuCache::CompressOnce(resolved, workspace.data, bytes, k, v, output, count);
 }
 
 }  // namespace express::cache

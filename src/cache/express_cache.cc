@@ -1,5 +1,8 @@
 // The public C++ handle: a pointer to the cache, checked for emptiness.
 #include "express/cache.h"
+
+#include <vector>
+
 #include "src/cache/cache.h"
 
 namespace express {
@@ -37,6 +40,21 @@ Status ExpressCache::WorkspaceSize(int64_t n, size_t* bytes) const {
 Status ExpressCache::Prefill(int32_t layer, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
                              const Tensor* lse, const Workspace* workspace) {
   return cache_ == nullptr ? Empty() : cache_->Prefill(layer, q, k, v, out, lse, workspace);
+}
+Status ExpressCache::SetStream(void* stream) { return cache_ == nullptr ? Empty() : cache_->SetStream(stream); }
+Status ExpressCache::StepPrepare(int64_t n) { return cache_ == nullptr ? Empty() : cache_->StepPrepare(n); }
+Status ExpressCache::StepCancel() { return cache_ == nullptr ? Empty() : cache_->StepCancel(); }
+Status ExpressCache::AppendBatch(std::span<ExpressCache* const> caches, int32_t layer, const Tensor& k,
+                                 const Tensor& v) {
+  std::vector<cache::Cache*> inner(caches.size());
+  for (size_t i = 0; i < caches.size(); ++i) inner[i] = caches[i] != nullptr ? caches[i]->cache_ : nullptr;
+  return cache::Cache::AppendBatch(inner.data(), static_cast<int64_t>(inner.size()), layer, k, v);
+}
+Status ExpressCache::AttendBatch(std::span<const ExpressCache* const> caches, int32_t layer, const Tensor& q,
+                                 const Tensor& out, const Tensor* lse) {
+  std::vector<const cache::Cache*> inner(caches.size());
+  for (size_t i = 0; i < caches.size(); ++i) inner[i] = caches[i] != nullptr ? caches[i]->cache_ : nullptr;
+  return cache::Cache::AttendBatch(inner.data(), static_cast<int64_t>(inner.size()), layer, q, out, lse);
 }
 Status ExpressCache::Compress(int32_t layer, int64_t tokens, int64_t* achieved) {
   return cache_ == nullptr ? Empty() : cache_->Compress(layer, tokens, achieved);

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "src/cache/cache.h"
+#include "src/cache/cpu_cache.h"
 #include "src/cache/message.h"
 
 namespace express::cache {
@@ -19,8 +19,6 @@ int64_t Nanoseconds() {
       .count();
 }
 
-float LogWeight(int64_t weight) { return static_cast<float>(std::log(static_cast<double>(weight))); }
-
 // Multiply-adds of one operation on one head, roughly.
 double Work(const plan::Op& op, int64_t dims) {
   const double count = op.count;
@@ -29,23 +27,23 @@ double Work(const plan::Op& op, int64_t dims) {
 
 }  // namespace
 
-Status Cache::Broken() {
+Status CpuCache::Broken() {
   return Error(StatusCode::kBroken, "config.parallel_for: did not run every task once; the cache must be reset");
 }
 
-Status Cache::Ingest(const Input& input) {
+Status CpuCache::Ingest(const Input& input) {
   const int32_t first = first_plan(input.first_layer), end = end_plan(input.first_layer + input.layers - 1);
   broken_ = true;  // until all is done: a callback that throws or does too little leaves the heads apart
-  for (int32_t i = first; i < end; ++i) parts_.plans[i].call_begin = parts_.plans[i].plan.tokens();
+  for (int32_t i = first; i < end; ++i) plans_.plans[i].call_begin = plans_.plans[i].plan.tokens();
   int32_t plan = first;
   int64_t left = input.tokens;  // of this plan
   while (plan < end && input.tokens > 0) {
-    parts_.operations.Clear();
+    plans_.operations.Clear();
     int64_t items = 0;
     while (plan < end) {
-      const int64_t begin = parts_.operations.size();
-      const int64_t taken = parts_.plans[plan].plan.Append(left, parts_.operations);
-      if (taken > 0) parts_.batch[items++] = {plan, begin, parts_.operations.size(), 0};
+      const int64_t begin = plans_.operations.size();
+      const int64_t taken = plans_.plans[plan].plan.Append(left, plans_.operations);
+      if (taken > 0) parts_.batch[items++] = {plan, begin, plans_.operations.size(), 0};
       left -= taken;
       if (left > 0) break;  // the list is full
       ++plan;
@@ -58,17 +56,17 @@ Status Cache::Ingest(const Input& input) {
   return Status();
 }
 
-bool Cache::ExecuteBatch(int64_t items, const Input* input) {
+bool CpuCache::ExecuteBatch(int64_t items, const Input* input) {
   int64_t tasks = 0;
   double work = 0;
   for (int64_t i = 0; i < items; ++i) {
     BatchItem& item = parts_.batch[i];
-    PlanState& state = parts_.plans[item.plan];
+    PlanState& state = plans_.plans[item.plan];
     item.first_task = tasks;
     tasks += state.head_count;
     ApplyWeights(state, item.op_begin, item.op_end);
     for (int64_t op = item.op_begin; op < item.op_end; ++op)
-      work += Work(parts_.operations[op], config_.key_dim + config_.value_dim) * state.head_count;
+      work += Work(plans_.operations[op], config_.key_dim + config_.value_dim) * state.head_count;
   }
   const auto body = [&](int64_t task, int32_t worker) {
     int64_t i = 0;
@@ -77,7 +75,7 @@ bool Cache::ExecuteBatch(int64_t items, const Input* input) {
       (parts_.batch[middle].first_task <= task ? i : high) = middle;
     }
     const BatchItem& item = parts_.batch[i];
-    const int32_t head = parts_.plan_heads[parts_.plans[item.plan].first_head + (task - item.first_task)];
+    const int32_t head = plans_.plan_heads[plans_.plans[item.plan].first_head + (task - item.first_task)];
     ExecuteHead(parts_.heads[head], item, input, worker);
   };
   if (work >= kParallelWork) return threads_.Run(tasks, body);
@@ -85,17 +83,17 @@ bool Cache::ExecuteBatch(int64_t items, const Input* input) {
   return true;
 }
 
-bool Cache::ExecuteOperations(int32_t plan) {
-  parts_.batch[0] = {plan, 0, parts_.operations.size(), 0};
-  return ExecuteBatch(1, nullptr);
+Status CpuCache::ExecuteOperations(int32_t plan) {
+  parts_.batch[0] = {plan, 0, plans_.operations.size(), 0};
+  return ExecuteBatch(1, nullptr) ? Status() : Broken();
 }
 
 // Weights are the same for all heads of a plan.
-void Cache::ApplyWeights(PlanState& state, int64_t op_begin, int64_t op_end) {
+void CpuCache::ApplyWeights(PlanState& state, int64_t op_begin, int64_t op_end) {
   constexpr float kFree = -std::numeric_limits<float>::infinity();
   for (int64_t i = op_begin; i < op_end; ++i) {
-    const plan::Op& op = parts_.operations[i];
-    const plan::Slot* slots = parts_.operations.slots(op);
+    const plan::Op& op = plans_.operations[i];
+    const plan::Slot* slots = plans_.operations.slots(op);
     switch (op.kind) {
       case plan::OpKind::kWrite:
         for (int32_t j = 0; j < op.count; ++j) state.log_weight[slots[j]] = 0;
@@ -122,19 +120,19 @@ void Cache::ApplyWeights(PlanState& state, int64_t op_begin, int64_t op_end) {
   }
 }
 
-void Cache::ExecuteHead(HeadState& head, const BatchItem& item, const Input* input, int32_t worker) {
+void CpuCache::ExecuteHead(HeadState& head, const BatchItem& item, const Input* input, int32_t worker) {
   const int64_t begin = Nanoseconds();
   const cpu::Slab& slab = head.slab;
   cpu::ConstRows k{}, v{};
   int64_t first_position = 0;  // of the input's first row
   if (input != nullptr) {
-    k = input->Rows(input->k, head.layer, head.kv_head);
-    v = input->Rows(input->v, head.layer, head.kv_head);
-    first_position = parts_.plans[item.plan].call_begin;
+    k = {input->Rows(input->k, head.layer, head.kv_head), Input::RowStride(input->k), input->k.dtype};
+    v = {input->Rows(input->v, head.layer, head.kv_head), Input::RowStride(input->v), input->v.dtype};
+    first_position = plans_.plans[item.plan].call_begin;
   }
   for (int64_t i = item.op_begin; i < item.op_end; ++i) {
-    const plan::Op& op = parts_.operations[i];
-    const plan::Slot* slots = parts_.operations.slots(op);
+    const plan::Op& op = plans_.operations[i];
+    const plan::Slot* slots = plans_.operations.slots(op);
     switch (op.kind) {
       case plan::OpKind::kWrite: {
         const int64_t row = op.number - first_position;
@@ -164,19 +162,6 @@ void Cache::ExecuteHead(HeadState& head, const BatchItem& item, const Input* inp
     }
   }
   compress_nanoseconds_.fetch_add(Nanoseconds() - begin, std::memory_order_relaxed);
-}
-
-// After a mutating call on these layers: the entries held, and their peaks.
-void Cache::CountEntries(int32_t first_layer, int32_t layers) {
-  for (int32_t layer = first_layer; layer < first_layer + layers; ++layer) {
-    int64_t entries = 0;
-    for (int32_t i = first_plan(layer); i < end_plan(layer); ++i)
-      entries += parts_.plans[i].plan.live() * parts_.plans[i].head_count;
-    entries_ += entries - parts_.layer_entries[layer];
-    parts_.layer_entries[layer] = entries;
-    parts_.layer_peak[layer] = std::max(parts_.layer_peak[layer], entries);
-  }
-  entries_peak_ = std::max(entries_peak_, entries_);
 }
 
 }  // namespace express::cache

@@ -7,6 +7,9 @@
 #include <thread>
 
 #include "src/cache/message.h"
+#ifdef EXPRESS_WITH_CUDA
+#include "src/cache/cuda_cache.h"
+#endif
 
 namespace express::cache {
 namespace {
@@ -50,8 +53,13 @@ Status CheckModel(const Config& c) {
                    " is reserved, this version stores F32, F16 or BF16");
     return Error(StatusCode::kInvalidArgument, "config.dtype: expected F32 (0), F16 (1) or BF16 (2), got ", number);
   }
-  if (c.device_type == DeviceType::kCuda)
+  if (c.device_type == DeviceType::kCuda) {
+#ifdef EXPRESS_WITH_CUDA
+    return CheckCudaConfig(c);
+#else
     return Error(StatusCode::kUnsupported, "config.device_type: this library was built without CUDA");
+#endif
+  }
   if (c.device_type != DeviceType::kCpu)
     return Error(StatusCode::kInvalidArgument, "config.device_type: expected CPU (1) or CUDA (2), got ",
                  static_cast<int32_t>(c.device_type));

@@ -19,7 +19,7 @@ struct Resolved {
   int64_t mean_entries = 0;             // of a KV head
 };
 
-// Everything but a budget in bytes, which needs the size of a layout: see SolveBytes in layout.h.
+// Everything but a budget in bytes, which needs the size of a layout: see create.cc.
 Status CheckConfig(const Config& config);
 // `config` has passed CheckConfig; `mean` takes the place of its budget.
 Status ResolveEntries(const Config& config, int64_t mean, Resolved* resolved);

@@ -91,13 +91,13 @@ struct Ahead {
   const T* data;         // null: nothing to fetch
   const int32_t* slots;  // (kTile)
   int64_t dim;
-  // Elements [begin, begin + count) of row j, those that exist.
+  int64_t skip, step;  // elements from a row's begin to the first line to fetch, and from one to the next
+  // Of elements [begin, begin + count) of row j, those that exist.
   HWY_INLINE void Fetch(int64_t j, int64_t begin, int64_t count) const {
     if (data == nullptr) return;
-    constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
     const int64_t end = std::min(begin + count, dim);
     const T* row = data + slots[j] * dim;
-    for (int64_t i = begin; i < end; i += kLine) hwy::Prefetch(row + i);
+    for (int64_t i = begin + skip; i < end; i += step) hwy::Prefetch(row + i);
   }
 };
 
@@ -274,6 +274,14 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
   const auto* key = static_cast<const T*>(slab.key);
   const auto* value = static_cast<const T*>(slab.value);
   const int64_t dk = slab.key_dim, dv = slab.value_dim, lanes = static_cast<int64_t>(hn::Lanes(F32()));
+  // The first group of rows fetches. With f32 that is too much at once while the other groups fetch nothing, so whole
+  // groups share the lines of a row; 16-bit rows are short enough, and work on them is bound by arithmetic.
+  constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(T));
+  const int64_t groups = sizeof(T) < sizeof(float) ? 1 : std::max<int64_t>(1, rows / kMostRows);
+  const auto fetch = [&](int64_t r, const T* data, const Tile& tile, int64_t dim) EXPRESS_INLINE_LAMBDA {
+    const bool mine = tile.count > 0 && r <= (groups - 1) * kMostRows;
+    return Ahead<T>{mine ? data : nullptr, tile.slots, dim, r / kMostRows * kLine, groups * kLine};
+  };
   HWY_ALIGN float logits[kMaxQueryRows][kTile] = {};
   Tile tiles[2];
   std::fill_n(partial.max, rows, kMinusInfinity);
@@ -286,7 +294,7 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
     Tile& later = tiles[1 - turn];
     NextTile(log_weight, exponent, end, &next, &later);
     ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
-      const Ahead<T> ahead{r == 0 ? value : nullptr, tile.slots, dv};
+      const Ahead<T> ahead = fetch(r, value, tile, dv);
       if (dk >= lanes) return TileLogits<n.value>(key, dk, tile.slots, tile.count, q + r * dk, ahead, logits[r]);
       for (int64_t i = r; i < r + n.value; ++i) ShortLogits(key, dk, tile.slots, tile.count, q + i * dk, logits[i]);
     });
@@ -294,7 +302,7 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
       SoftmaxRow(logits[r], tile.bias, dv, partial.max + r, partial.sum + r, partial.out + r * dv);
     ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
       float* out = partial.out + r * dv;
-      const Ahead<T> ahead{r == 0 && later.count > 0 ? key : nullptr, later.slots, dk};
+      const Ahead<T> ahead = fetch(r, key, later, dk);
       if (dv >= lanes) return TileValues<n.value>(value, dv, tile.slots, tile.count, logits[r], ahead, out);
       for (int64_t i = 0; i < n.value; ++i) ShortValues(value, dv, tile.slots, tile.count, logits[r + i], out + i * dv);
     });

@@ -32,7 +32,8 @@ struct Head {
   int32_t capacity;       // slots
   int32_t protect;        // P
   int32_t leader;         // 1: the head that writes the log_weight that all heads of its plan share
-  int32_t plan;
+  int32_t plan;           // index into the cache's rings
+  char* halve_scratch;    // HalveScratchBytes(longest list)
   StreamKey stream;
 };
 
@@ -48,9 +49,65 @@ struct HalveParams {  // as on the CPU
   bool coin;
 };
 
+// ---- steps (execute.cu) ----
+
+struct Ring;  // ring.h
+inline constexpr int32_t kMaxBatch = 256;  // caches of one launch
+
+// kHalvings and kRest, one after the other, do what kAll does for records whose halvings may run ahead (kHoisted, ring.h);
+// records without that flag must be executed by kAll.
+enum class Part : int32_t { kAll, kHalvings, kRest };
+
+// Executes the next `steps` records of the rings of heads [0, head_count) of every cache, in order. Without kHalvings the
+// rings then move on. Step s, cache c, layer l from the first: the row of KV head g begins at
+// data + s * row_stride + row[c] * cache_stride + l * layer_stride + g * head_stride of k and v.
+struct ExecuteArgs {
+  const Head* heads[kMaxBatch];  // per cache: (layers, kv_heads) from the first layer on, device memory
+  Ring* rings[kMaxBatch];        // per cache: of all its plans
+  int32_t row[kMaxBatch];        // per cache: its row of k and v
+  int32_t caches, layers, kv_heads, steps;
+  Part part;
+  int32_t key_dim, value_dim;
+  DType dtype;
+  Rows k, v;
+  int64_t k_cache_stride, v_cache_stride, k_layer_stride, v_layer_stride;
+  HalveParams halve;
+};
+void Execute(const ExecuteArgs& args, cudaStream_t stream);
+size_t HalveScratch(int32_t longest_list);
+// Heads [0, head_count) and rings [0, ring_count) as they are before the first token.
+void ResetHeads(const Head* heads, int32_t head_count, Ring* rings, int32_t ring_count, int32_t key_dim,
+                cudaStream_t stream);
+
+// ---- words to the device (upload.cu) ----
+
+struct UploadSegment {
+  int32_t* to;
+  int32_t begin, words;  // of the payload
+};
+
+// Collects pieces of host data and sends them to device memory. They travel in the launches themselves: no staging memory,
+// no bound on what is in flight. Addresses and sizes are multiples of 4 bytes.
+class Uploader {
+ public:
+  explicit Uploader(cudaStream_t stream) : stream_(stream) {}
+  void Add(void* to, const void* from, size_t bytes);
+  void Flush();
+
+ private:
+  static constexpr int32_t kSegments = 256;
+  static constexpr int32_t kWords = 6 * 1024;
+  template <int32_t kMost, int32_t kPieces>
+  void Send();
+
+  cudaStream_t stream_;
+  int32_t segments_ = 0, words_ = 0;
+  UploadSegment segment_[kSegments];
+  int32_t payload_[kWords];
+};
+
 // ---- decode attention (attend.cu) ----
 
-inline constexpr int32_t kMaxBatch = 256;    // caches of one launch
 inline constexpr int32_t kPartialRows = 16;  // query rows of one KV head that are taken at once
 
 // Weighted attention of `rows` = tokens * group query rows per KV head over the live slots:
@@ -70,8 +127,138 @@ struct AttendArgs {
   float scale, exponent;
 };
 // Splits of a head of `capacity` slots at most, and so the size of Head::partial.
+bool AttendSupported(int32_t key_dim, int32_t value_dim);
 int32_t AttendMaxSplits(int32_t capacity);
 void Attend(const AttendArgs& args, int32_t multiprocessors, cudaStream_t stream);
+
+// ---- spans of a prompt (span.cu): values of nodes, see src/plan/span.h; an entry's index as in PrefillHead ----
+
+struct SpanSample {
+  int64_t number, weight, total;
+  int32_t first, candidate, count, out;
+  int32_t plan, depth;
+};
+struct SpanHalve {
+  int64_t number;
+  int32_t begin, count, out;
+  int32_t plan, depth;
+};
+struct SpanMember {
+  int32_t node;
+  float log_weight;
+};
+// What the far list of one block of one plan is made of.
+struct SpanBlock {
+  int32_t member_begin, members;
+  int32_t protected_count;
+  int32_t sinks;                     // of them in the list
+  int32_t old_tail_begin, old_tail;  // of SpanPlan::old_tail
+};
+struct SpanPlan {  // device memory
+  const int32_t* heads;       // (head_count): KV heads of the layer
+  const int32_t* sink_index;  // (sinks): entries
+  const int32_t* old_tail;    // slots of the exact tail when the call began, oldest first
+  const SpanBlock* blocks;    // (blocks)
+  const int32_t* slot_nodes;  // (budget): at the end of the span before, or of this one; kNoNode: none
+  int32_t head_count, budget;
+};
+inline constexpr int32_t kNoNode = -1;
+struct SpanHead {  // device memory
+  const void* slab_key;  // as in PrefillHead
+  const void* slab_value;
+  int32_t* values;           // (nodes): of this span
+  const int32_t* previous;   // (nodes): of the span before
+  const int32_t* snapshots;  // (blocks, protect), as in AdmitHead
+  const int32_t* source;     // as in AdmitHead
+  int32_t* far_index;        // as in PrefillHead
+  float* far_bias;
+  int32_t* far_count;
+  uint8_t* keep;        // (list)
+  char* halve_scratch;  // SpanScratch(list)
+  int32_t far_capacity, protect, plan;
+  StreamKey stream;
+};
+struct SpanArgs {
+  const SpanPlan* plans;
+  const SpanHead* heads;  // (kv_heads)
+  const SpanSample* samples;
+  const SpanHalve* halves;
+  const int32_t* list;
+  const SpanMember* members;
+  int32_t plan_count, kv_heads, most_heads;  // most_heads: of one plan
+  bool first_span;  // slots hold what the slabs hold
+  int32_t key_dim, value_dim;
+  DType dtype;
+  Rows k, v;
+  HalveParams halve;
+  float exponent;
+};
+// Bytes of scratch for lists of `list` entries in all.
+__host__ __device__ size_t SpanScratch(int64_t list);
+// Departure j of a span, of one plan: source[source_begin + j] while j < sources, then row first_row + j - sources.
+struct SpanDepartures {
+  int64_t count, source_begin, sources, first_row;
+};
+// Values of the slots, and of the departures where nothing is protected. departures: (plan_count), device memory; at most
+// `most_values` of both for any plan.
+void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int64_t most_values, cudaStream_t stream);
+// Samples [sample_begin, sample_end) and halvings [halve_begin, halve_end), which must not depend on each other.
+// `longest`: bound on the lists among them.
+void SpanDepth(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, int64_t halve_begin, int64_t halve_end,
+               int32_t longest, cudaStream_t stream);
+// The far lists of blocks [0, blocks).
+void SpanFar(const SpanArgs& args, int32_t blocks, cudaStream_t stream);
+
+// What becomes of the span's end: task i of a plan is node code[i] (i < nodes), protected entry code[i] (i < nodes +
+// protects), or entry code[i]; it goes to row to[i]. index: the entries, for GatherHead; where slabs are written in place,
+// entries that stay become kSkip, and those that move from slot to slot go by stage_index to row i of a staging slab, which
+// index then refers to.
+struct SpanStorePlan {  // device memory
+  const int32_t* code;
+  const int32_t* to;
+  int32_t nodes, protects, count;
+};
+struct SpanStoreHead {  // device memory
+  const int32_t* values;
+  const int32_t* protected_index;
+  const int32_t* protected_slot;  // where not null: to of protected entries
+  int32_t* index;
+  int32_t* stage_index;  // null: copies go elsewhere
+  int32_t* to;
+  int32_t plan;
+};
+void SpanStore(const SpanStorePlan* plans, const SpanStoreHead* heads, int32_t kv_heads, int32_t most_count,
+               cudaStream_t stream);
+
+// Copies of entries: row to[i] of head h takes entry index[i] (as in PrefillHead); kSkip leaves the row as it is.
+struct GatherHead {  // device memory
+  const void* slab_key;
+  const void* slab_value;
+  const int64_t* slab_position;
+  void* key;  // where the copies go
+  void* value;
+  int64_t* position;     // or null
+  float* log_weight;     // or null
+  const int32_t* index;  // (count)
+  const int32_t* to;     // (count), or null: row i
+  const float* weights;  // (count): log weights of the copies, or null
+  int32_t count;
+  int32_t kv_head;  // of k and v
+};
+inline constexpr int32_t kSkip = INT32_MAX;
+struct GatherArgs {
+  const GatherHead* heads;  // (head_count)
+  int32_t head_count, most_count, key_dim, value_dim;
+  DType dtype;                       // of the slabs
+  DType key_dtype, value_dtype;      // of the copies
+  int64_t key_stride, value_stride;  // of the copies' rows, elements
+  int64_t position_stride, log_weight_stride;
+  Rows k, v;  // where index >= 0 points
+  int64_t first_position;
+};
+void Gather(const GatherArgs& args, cudaStream_t stream);
+// The same for one head, described here: args.heads is not used.
+void GatherOne(const GatherHead& head, const GatherArgs& args, cudaStream_t stream);
 
 // ---- causal attention of a prompt (prefill.cu for sm_80 and above, prefill_sm90.cu for Hopper) ----
 
@@ -108,35 +295,40 @@ void Prefill(const PrefillArgs& args, int32_t compute_capability, cudaStream_t s
 
 // ---- protected entries of a prompt (admit.cu) ----
 
-// Departure i (counted from the beginning of the stream) is an entry that leaves the exact tail; the entries of
-// departures [first, first + count) are `source[i - first]` where that is given, else row first_row + (i - first).
-// Indices mean what they mean in PrefillHead.
+// Departure i (counted from the beginning of the stream) is an entry that leaves the exact tail; the entry of
+// departures first + i is source[i] while i < source_count, then row first_row + i - source_count.
+// Indices mean what they mean in PrefillHead. What src/cpu/protect.cc does one by one, the same floats to the bit.
 struct AdmitHead {  // one KV head; device memory
   const void* slab_key;
+  const int64_t* slab_position;
   float* mean;   // state as in Head, brought up to date
   float* sum;
   float* score;
   int32_t* protected_count;
   int32_t* protected_index;  // (protect): which entry each protected slot holds
-  const int32_t* source;     // (source_count): entries that depart first, ahead of rows from first_row on; may be null
+  const int32_t* source;     // (source_count)
   float* scores;             // (count): scratch
-  float* run_means;          // (count / 256 + 2, key_dim): scratch
-  int32_t* loser;            // (count): the entry that goes on to the coreset after departure first + i, or kJoined
+  float* run_means;          // (count / 256 + 4, key_dim): scratch
+  int32_t* loser;            // (count): the entry that goes on to the coreset after departure first + i; kSkip: none, it joined
   int32_t* snapshots;        // (snapshots, protect): protected entries after `snapshot_at[s]` departures of this call
   int32_t protect;
+  int32_t kv_head;  // of k
 };
-inline constexpr int32_t kJoined = INT32_MIN;
 struct AdmitArgs {
-  const AdmitHead* heads;  // (kv_heads)
-  int32_t kv_heads, key_dim;
-  Rows k;  // the prompt's keys, of the storage type
-  int64_t first, count;    // departures
-  int64_t source_count;    // of them come from `source`
-  int64_t first_row;
-  int64_t first_position;  // of row 0; an entry's age is its position, and slab entries are older than all rows
+  const AdmitHead* heads;  // (head_count), alike in `protect`
+  int32_t head_count, key_dim, protect;
+  DType dtype;
+  Rows k;                // the prompt's keys, of the storage type
+  int64_t first, count;  // departures
+  int64_t source_count;  // departures from `first` on that `source` knows, more than `count` perhaps
+  int64_t centre;        // > 0: departure 0 is among them, and so many entries of the exact tail are its centre
+  int64_t first_row;     // row of departure first + source_count
+  int64_t first_position;  // of row 0
   const int32_t* snapshot_at;  // (snapshots), ascending, 0 .. count; device memory
   int32_t snapshots;
 };
+// At a prompt's beginning: protected_index from the slots of the layer's heads.
+void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_heads, cudaStream_t stream);
 void Admit(const AdmitArgs& args, cudaStream_t stream);
 
 }  // namespace express::cuda

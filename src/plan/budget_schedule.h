@@ -23,6 +23,12 @@ class BudgetSchedule {
   // How many entries can enter before the next halving.
   int64_t RoomBeforeHalving() const;
 
+  template <class Body>
+  void ForEachSlot(const Pool& pool, const Body& body) const {
+    for (const Fifo& level : levels_) pool.ForEach(level, body);
+    if (reservoir_.weight() > 0) body(reservoir_.slot());
+  }
+
   // The largest list that is ever halved, and bounds on what one Insert or HalveAhead can emit.
   int64_t MaxList() const { return max_list_; }
   int64_t MaxOps() const { return 8 + slots_ / max_list_; }

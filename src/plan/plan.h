@@ -51,6 +51,20 @@ class Plan {
   int64_t halvings() const { return pool_.halvings(); }
   const int64_t* weights() const { return pool_.weights(); }  // (budget), 0 = free
 
+  int64_t protected_count() const { return protected_count_; }
+  int64_t tail_count() const { return tail_count_; }
+  // Slot of the token `i` places into the exact tail, oldest first, and of sink i; the slot that the next token takes out of
+  // the tail, kNoSlot if none.
+  Slot tail_slot(int64_t i) const { return tail_[(tail_begin_ + i) % setting_.tail()]; }
+  Slot sink_slot(int64_t i) const { return sinks_[i]; }
+  int64_t sink_count() const { return sink_count_; }
+  Slot next_departure() const { return tail_count_ == setting_.tail() ? tail_slot(0) : kNoSlot; }
+  // body(slot) for every slot of the weighted coreset, the open reservoir among them.
+  template <class Body>
+  void ForEachCoresetSlot(const Body& body) const {
+    std::visit([&](const auto& schedule) { schedule.ForEachSlot(pool_, body); }, schedule_);
+  }
+
   const BudgetSchedule* budget_schedule() const { return std::get_if<BudgetSchedule>(&schedule_); }
 
  private:

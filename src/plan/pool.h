@@ -52,6 +52,11 @@ class Pool {
     return slot;
   }
 
+  template <class Body>
+  void ForEach(const Fifo& list, const Body& body) const {
+    for (Slot slot = list.head; slot != kNoSlot; slot = next_[slot]) body(slot);
+  }
+
   // Halves the oldest `count` entries (even) of `from`, all of one weight, into `to`.
   void Halve(Fifo& from, int64_t count, Fifo& to, Operations& out);
 

@@ -21,6 +21,13 @@ class RoundsSchedule {
   // How many entries can enter before the next halving.
   int64_t RoomBeforeHalving() const;
 
+  template <class Body>
+  void ForEachSlot(const Pool& pool, const Body& body) const {
+    pool.ForEach(finished_, body);
+    for (const Fifo& rung : ladder_) pool.ForEach(rung, body);
+    if (reservoir_.weight() > 0) body(reservoir_.slot());
+  }
+
   // The largest list that is ever halved, and bounds on what one Insert can emit: every buffer of the ladder, and twice
   // at a round's end.
   int64_t MaxList() const { return 4 * s_; }

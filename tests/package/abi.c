@@ -84,6 +84,7 @@ static const field kConfig[] = {
     FIELD(express_config, threads, 212, 4),
     FIELD(express_config, parallel_for, 216, 8),
     FIELD(express_config, parallel_for_context, 224, 8),
+    FIELD(express_config, stream, 232, 8),
 };
 
 static const field kStats[] = {
@@ -131,6 +132,9 @@ static void check_enumerators(void) {
   EXPECT_NUMBER(EXPRESS_STATUS_UNSUPPORTED, 13);
   EXPECT_NUMBER(EXPRESS_STATUS_BROKEN, 14);
   EXPECT_NUMBER(EXPRESS_STATUS_INTERNAL, 15);
+  EXPECT_NUMBER(EXPRESS_STATUS_DEVICE_ERROR, 16);
+  EXPECT_NUMBER(EXPRESS_STATUS_STEPS_PENDING, 17);
+  EXPECT_NUMBER(EXPRESS_STATUS_RING_FULL, 18);
   EXPECT_NUMBER(EXPRESS_DTYPE_F32, 0);
   EXPECT_NUMBER(EXPRESS_DTYPE_F16, 1);
   EXPECT_NUMBER(EXPRESS_DTYPE_BF16, 2);
@@ -166,6 +170,9 @@ static void check_status_names(void) {
       "EXPRESS_STATUS_UNSUPPORTED",
       "EXPRESS_STATUS_BROKEN",
       "EXPRESS_STATUS_INTERNAL",
+      "EXPRESS_STATUS_DEVICE_ERROR",
+      "EXPRESS_STATUS_STEPS_PENDING",
+      "EXPRESS_STATUS_RING_FULL",
       "EXPRESS_STATUS_UNKNOWN",
   };
   int i;
@@ -182,7 +189,7 @@ static void check_defaults(void) {
   size_t i;
   memset(&from_function, 0xA5, sizeof(from_function));
   EXPECT_NUMBER(express_config_init(&from_function, (uint32_t)sizeof(from_function)), EXPRESS_STATUS_OK);
-  EXPECT_NUMBER(from_macro.struct_size, 232);
+  EXPECT_NUMBER(from_macro.struct_size, 240);
   EXPECT_NUMBER(stats.struct_size, 88);
   for (i = 0; i < sizeof(kConfig) / sizeof(kConfig[0]); ++i) {
     const field *f = &kConfig[i];
@@ -211,7 +218,7 @@ int main(void) {
     fprintf(stderr, "the pinned numbers are those of 64-bit platforms\n");
     return 77;
   }
-  EXPECT_LAYOUT(express_config, kConfig, 232);
+  EXPECT_LAYOUT(express_config, kConfig, 240);
   EXPECT_LAYOUT(express_stats, kStats, 88);
   EXPECT_LAYOUT(express_tensor, kTensor, 40);
   EXPECT_LAYOUT(express_head_setting, kHeadSetting, 32);

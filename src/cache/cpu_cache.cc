@@ -1,0 +1,187 @@
+// Where the parts of a CPU cache lie, and its life.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <limits>
+#include <new>
+
+#include "src/cache/cpu_cache.h"
+#include "src/cache/message.h"
+
+namespace express::cache {
+namespace {
+
+// Slots of one partial softmax state when a decode attention is split over threads.
+int64_t PartialFloats(const Resolved& r) {
+  const int64_t group = r.config.query_heads / r.config.kv_heads;
+  int64_t most = 0;
+  for (int32_t layer = 0; layer < r.config.layers; ++layer) {
+    int64_t partials = 0;
+    for (int32_t g = 0; g < r.config.kv_heads; ++g)
+      partials += SplitCount(r.settings[static_cast<size_t>(layer * r.config.kv_heads + g)].budget);
+    most = std::max(most, partials);
+  }
+  return r.threads > 1 ? most * group * (r.config.value_dim + 2) : 0;
+}
+
+void LayoutHead(const Resolved& r, const plan::Setting& setting, Arena& arena, HeadState* head) {
+  const Config& c = r.config;
+  const int64_t element = SizeOf(c.dtype), capacity = setting.budget;
+  cpu::Slab slab{.key = arena.Take<char>(capacity * c.key_dim * element),
+                 .value = arena.Take<char>(capacity * c.value_dim * element),
+                 .position = arena.Take<int64_t>(capacity),
+                 .capacity = capacity,
+                 .key_dim = c.key_dim,
+                 .value_dim = c.value_dim,
+                 .dtype = c.dtype};
+  cpu::Protection protection{};
+  if (setting.protect > 0) {
+    protection.mean = arena.Take<float>(c.key_dim);
+    protection.sum = arena.Take<float>(c.key_dim);
+    protection.score = arena.Take<float>(setting.protect);
+    protection.slot = arena.Take<int32_t>(setting.protect);
+    protection.capacity = setting.protect;
+  }
+  if (head != nullptr) {
+    head->slab = slab;
+    head->protection = protection;
+  }
+}
+
+}  // namespace
+
+CpuParts CpuCache::Layout(const Resolved& r, Arena& arena) {
+  const Config& c = r.config;
+  const int64_t heads = int64_t{c.layers} * c.kv_heads;
+  arena.Take<CpuCache>(1);
+  CpuParts parts{};
+  parts.plans = LayoutPlans(r, true, arena);
+  parts.heads = arena.Take<HeadState>(heads);
+  parts.batch = arena.Take<BatchItem>(parts.plans.plan_count);
+  for (int64_t h = 0; h < heads; ++h) {
+    HeadState* head = parts.heads != nullptr ? &parts.heads[h] : nullptr;
+    if (head != nullptr) {
+      head->layer = static_cast<int32_t>(h / c.kv_heads);
+      head->kv_head = static_cast<int32_t>(h % c.kv_heads);
+      head->plan = parts.plans.head_plan[h];
+      head->key = MakeStreamKey(c.seed, static_cast<uint32_t>(c.first_layer + head->layer),
+                                static_cast<uint32_t>(c.first_kv_head + head->kv_head));
+    }
+    LayoutHead(r, r.settings[static_cast<size_t>(h)], arena, head);
+  }
+  const size_t halve = cpu::HalveScratchBytes(parts.plans.max_list, c.key_dim, c.value_dim);
+  const size_t block = cpu::BlockScratchBytes(c.query_heads / c.kv_heads, c.key_dim, c.value_dim);
+  parts.scratch_bytes =
+      static_cast<int64_t>((std::max(halve, block) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment);
+  parts.scratch = arena.Take<char>(parts.scratch_bytes * r.threads);
+  parts.partial_floats = PartialFloats(r);
+  parts.partials = arena.Take<float>(parts.partial_floats);
+  return parts;
+}
+
+CpuCache::CpuCache(const Resolved& resolved, const CpuParts& parts, int64_t bytes)
+    : Cache(resolved, parts.plans, bytes, TensorCheck()),
+      parts_(parts),
+      threads_(resolved.threads, resolved.config.parallel_for, resolved.config.parallel_for_context),
+      halve_{.scale = static_cast<float>(config_.scale),
+             .gamma = static_cast<float>(config_.gamma),
+             .tau = static_cast<float>(config_.tau),
+             .delta = static_cast<float>(config_.delta),
+             .coin = config_.halving == Halving::kCoin} {
+  ResetHeads();
+}
+
+void CpuCache::ResetHeads() {
+  for (int32_t i = 0; i < plans_.plan_count; ++i)
+    std::fill_n(plans_.plans[i].log_weight, plans_.plans[i].plan.setting().budget,
+                -std::numeric_limits<float>::infinity());
+  for (int64_t h = 0; h < int64_t{config_.layers} * config_.kv_heads; ++h) {
+    cpu::Protection& protection = parts_.heads[h].protection;
+    protection.count = protection.weakest = 0;
+    if (protection.capacity > 0) {
+      std::fill_n(protection.mean, config_.key_dim, 0.0f);
+      std::fill_n(protection.sum, config_.key_dim, 0.0f);
+    }
+  }
+  compress_nanoseconds_ = 0;
+}
+
+Status CpuCache::ResetData() {
+  ResetHeads();
+  return Status();
+}
+
+Status CpuCache::DoSetStream(void*) {
+  return Error(StatusCode::kUnsupported, "stream: this cache is on the CPU, where calls return when they are done");
+}
+
+CpuCache* CpuCache::Place(const Resolved& resolved, void* memory, int64_t bytes) {
+  Arena arena(memory);
+  const CpuParts parts = Layout(resolved, arena);
+  return new (memory) CpuCache(resolved, parts, bytes);
+}
+
+Status CpuCache::Bytes(const Resolved& resolved, int64_t* bytes) {
+  Arena arena;
+  Layout(resolved, arena);
+  if (arena.overflow())
+    return Error(StatusCode::kSizeOverflow, "config: the cache would take more bytes than can be addressed");
+  *bytes = static_cast<int64_t>(arena.used());
+  return Status();
+}
+
+Status CpuCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache) {
+  void* memory = std::aligned_alloc(Arena::kAlignment, static_cast<size_t>(bytes));
+  if (memory == nullptr) return Error(StatusCode::kOutOfMemory, "config: no memory for a cache of ", bytes, " bytes");
+  try {
+    *cache = Place(resolved, memory, bytes);
+  } catch (...) {
+    std::free(memory);
+    throw;
+  }
+  return Status();
+}
+
+void CpuCache::Delete() {
+  this->~CpuCache();
+  std::free(this);
+}
+
+// Rank-2 k and v, rank-1 weights and positions.
+Status CpuCache::ExportHead(int32_t index, const Array& k, const Array& v, const Array* log_weight,
+                            const Array* position) const {
+  const HeadState& head = parts_.heads[index];
+  const PlanState& state = plans_.plans[head.plan];
+  const cpu::Slab& slab = head.slab;
+  const int64_t element = SizeOf(slab.dtype);
+  int64_t row = 0;
+  for (int64_t slot = 0; slot < slab.capacity; ++slot) {
+    if (state.plan.weights()[slot] == 0) continue;
+    cpu::Convert(static_cast<const char*>(slab.key) + slot * slab.key_dim * element, slab.dtype, k.At(row), k.dtype,
+                 slab.key_dim);
+    cpu::Convert(static_cast<const char*>(slab.value) + slot * slab.value_dim * element, slab.dtype, v.At(row), v.dtype,
+                 slab.value_dim);
+    if (log_weight != nullptr) *static_cast<float*>(log_weight->At(row)) = state.log_weight[slot];
+    if (position != nullptr) *static_cast<int64_t*>(position->At(row)) = slab.position[slot];
+    ++row;
+  }
+  return Status();
+}
+
+Status CpuCache::CompressOnce(const Resolved& resolved, void* memory, int64_t bytes, const Tensor& k, const Tensor& v,
+                              const OneShotOutput& out, int64_t* count) {
+  CpuCache* cache = Place(resolved, memory, bytes);
+  struct End {
+    CpuCache* cache;
+    ~End() { cache->~CpuCache(); }
+  } end{cache};
+  EXPRESS_RETURN_IF_ERROR(cache->Append(0, k, v));
+  for (int32_t g = 0; g < resolved.config.kv_heads; ++g) {
+    const Array weight = OfHead(out.log_weight, g), position = out.position != nullptr ? OfHead(*out.position, g) : Array{};
+    EXPRESS_RETURN_IF_ERROR(cache->ExportHead(g, OfHead(out.k, g), OfHead(out.v, g), &weight,
+                                              out.position != nullptr ? &position : nullptr));
+  }
+  return cache->Entries(0, 0, count);
+}
+
+}  // namespace express::cache

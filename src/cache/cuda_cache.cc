@@ -1,0 +1,369 @@
+// Creation, layout and life of a cache on a GPU; export.
+#include "src/cache/cuda_cache.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <utility>
+
+#include "src/cache/message.h"
+
+namespace express::cache {
+
+Status CudaError(const char* what, cudaError_t error) {
+  if (error == cudaSuccess) return Status();
+  const StatusCode code = error == cudaErrorMemoryAllocation ? StatusCode::kOutOfMemory : StatusCode::kDeviceError;
+  return Error(code, what, ": ", cudaGetErrorName(error), ", ", cudaGetErrorString(error));
+}
+
+DeviceScope::DeviceScope(int32_t device) : device_(device) {
+  error_ = cudaGetDevice(&before_);
+  if (error_ == cudaSuccess && before_ != device_) error_ = cudaSetDevice(device_);
+}
+DeviceScope::~DeviceScope() {
+  if (before_ >= 0 && before_ != device_) cudaSetDevice(before_);
+}
+
+namespace {
+
+Status CheckPointer(const char* name, const void* data, int32_t device_id) {
+  cudaPointerAttributes attributes{};
+  const cudaError_t error = cudaPointerGetAttributes(&attributes, data);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return CudaError(name, error);
+  }
+  if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
+    return Error(StatusCode::kDeviceMismatch, name, ".data: expected memory of CUDA device ", device_id,
+                 ", got an address of the host");
+  if (attributes.type == cudaMemoryTypeDevice && attributes.device != device_id)
+    return Error(StatusCode::kDeviceMismatch, name, ".data: expected memory of CUDA device ", device_id,
+                 ", got memory of device ", attributes.device);
+  return Status();
+}
+
+// Waits until the stream is done, without touching other streams.
+Status Synchronise(cudaStream_t stream) { return CudaError("stream", cudaStreamSynchronize(stream)); }
+
+Status ReadTraits(int32_t device, DeviceTraits* traits) {
+  int major = 0, minor = 0, multiprocessors = 0;
+  EXPRESS_RETURN_IF_ERROR(
+      CudaError("config.device_id", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
+  EXPRESS_RETURN_IF_ERROR(
+      CudaError("config.device_id", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
+  EXPRESS_RETURN_IF_ERROR(
+      CudaError("config.device_id", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)));
+  *traits = {.multiprocessors = multiprocessors, .compute_capability = 10 * major + minor};
+  if (traits->compute_capability < 80)
+    return Error(StatusCode::kUnsupported, "config.device_id: device ", device, " has compute capability ", major, ".",
+                 minor, ", the kernels need 8.0");
+  return Status();
+}
+
+}  // namespace
+
+TensorCheck CudaTensorCheck(int32_t device_id) {
+  return {.device_type = DeviceType::kCuda, .device_id = device_id, .check_pointer = CheckPointer, .row_alignment = 16};
+}
+
+Status CheckCudaConfig(const Config& c) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();
+    return Error(StatusCode::kDeviceError, "config.device_type: no CUDA device can be used: ", cudaGetErrorString(error));
+  }
+  if (c.device_id < 0 || c.device_id >= count)
+    return Error(StatusCode::kInvalidArgument, "config.device_id: expected 0 .. ", count - 1, ", got ", c.device_id);
+  for (const auto& [name, dim] : {std::pair("key_dim", c.key_dim), std::pair("value_dim", c.value_dim)})
+    if (dim != 64 && dim != 80 && dim != 96 && dim != 128 && dim != 192 && dim != 256)
+      return Error(StatusCode::kUnsupported, "config.", name, ": on CUDA expected 64, 80, 96, 128, 192 or 256, got ", dim);
+  if (!cuda::AttendSupported(c.key_dim, c.value_dim) || !cuda::PrefillSupported(c.key_dim, c.value_dim))
+    return Error(StatusCode::kUnsupported, "config.value_dim: on CUDA key_dim ", c.key_dim, " with value_dim ", c.value_dim,
+                 " has no kernels; they may be equal, or 192 and 128");
+  if (c.prefill_block % 64 != 0 || c.prefill_block > 8192)
+    return Error(StatusCode::kUnsupported, "config.prefill_block: on CUDA expected a multiple of 64 up to 8192, got ",
+                 c.prefill_block);
+  if (c.validate)
+    return Error(StatusCode::kUnsupported,
+                 "config.validate: on CUDA expected 0: looking for NaN would have to wait for the device");
+  return Status();
+}
+
+// Runs over counting arenas first; then `host` has host memory, and `device` device memory that is only addressed here.
+CudaParts CudaCache::Layout(const Resolved& r, int32_t* progress, Arena& host, Arena& device) {
+  const Config& c = r.config;
+  const int64_t heads = int64_t{c.layers} * c.kv_heads, element = SizeOf(c.dtype), group = c.query_heads / c.kv_heads;
+  CudaParts parts{};
+  parts.plans_begin = host.Take<char>(0);
+  const size_t before = host.used();
+  parts.plans = LayoutPlans(r, false, host);
+  parts.plans_bytes = static_cast<int64_t>(host.used() - before);
+  parts.plans_saved = host.Take<char>(parts.plans_bytes);
+  const int32_t plan_count = parts.plans.plan_count;
+  parts.head_copies = host.Take<cuda::Head>(heads);
+  parts.ring_copies = host.Take<cuda::Ring>(plan_count);
+  parts.ring_states = host.Take<RingState>(plan_count);
+  parts.ahead = host.Take<uint8_t>(c.layers);
+  parts.record_words = cuda::kRecordHeader + 10 * parts.plans.max_ops + parts.plans.max_slots + 1;
+  parts.record = host.Take<int32_t>(parts.record_words);
+
+  parts.heads = device.Take<cuda::Head>(heads);
+  parts.rings = device.Take<cuda::Ring>(plan_count);
+  int64_t most = 0;
+  for (const plan::Setting& setting : r.settings) most = std::max(most, setting.budget);
+  parts.slot_scratch = device.Take<int32_t>(2 * most);
+  // Split attention of one layer at a time: a KV head's partial results are at the same place in every layer.
+  const int64_t partial = cuda::AttendMaxSplits(static_cast<int32_t>(most)) * cuda::kPartialRows * (c.value_dim + 2);
+  float* partials = device.Take<float>(partial * c.kv_heads);
+  int32_t* tickets = device.Take<int32_t>(c.kv_heads);
+  const auto scratch = static_cast<int64_t>(cuda::HalveScratch(static_cast<int32_t>(parts.plans.max_list)));
+  const bool counting = parts.head_copies == nullptr || parts.heads == nullptr;
+  const auto rows = [&](int64_t count, int64_t dim) {
+    constexpr int64_t kAlignment = 256;
+    char* at = device.Take<char>((count * dim * element + kAlignment - 1 + 64) / kAlignment * kAlignment + kAlignment);
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(at) + kAlignment - 1) / kAlignment * kAlignment);
+  };
+  int32_t last_plan = -1;
+  float* log_weight = nullptr;
+  for (int64_t i = 0; i < heads; ++i) {  // by plan, so that the first head of a plan is its leader
+    const int64_t h = counting ? i : parts.plans.plan_heads[i];
+    const plan::Setting& setting = r.settings[static_cast<size_t>(h)];
+    const int32_t plan = counting ? -1 : parts.plans.head_plan[h];
+    const bool leader = plan != last_plan;
+    cuda::Head head{};
+    head.key = rows(setting.budget, c.key_dim);
+    head.value = rows(setting.budget, c.value_dim);
+    head.position = device.Take<int64_t>(setting.budget);
+    // Every head takes room for weights, so that the size does not depend on how heads share plans.
+    float* own = device.Take<float>(setting.budget);
+    if (leader || counting) log_weight = own;
+    head.log_weight = log_weight;
+    head.protected_count = device.Take<int32_t>(2);
+    if (setting.protect > 0) {
+      head.mean = device.Take<float>(c.key_dim);
+      head.sum = device.Take<float>(c.key_dim);
+      head.score = device.Take<float>(setting.protect);
+      head.protected_slot = device.Take<int32_t>(setting.protect);
+    }
+    head.halve_scratch = device.Take<char>(scratch);
+    if (counting) continue;
+    head.partial = partials + h % c.kv_heads * partial;
+    head.ticket = tickets + h % c.kv_heads;
+    head.capacity = static_cast<int32_t>(setting.budget);
+    head.protect = static_cast<int32_t>(setting.protect);
+    head.leader = leader ? 1 : 0;
+    head.plan = plan;
+    head.stream = MakeStreamKey(c.seed, static_cast<uint32_t>(c.first_layer + h / c.kv_heads),
+                                static_cast<uint32_t>(c.first_kv_head + h % c.kv_heads));
+    parts.head_copies[h] = head;
+    last_plan = plan;
+  }
+  (void)group;
+  const auto ring_words = static_cast<int32_t>(2 * parts.record_words + 64 * 32 + 8);
+  for (int32_t i = 0; i < plan_count; ++i) {
+    int32_t* words = device.Take<int32_t>(ring_words);
+    if (counting) continue;
+    parts.ring_copies[i] = {.words = words,
+                            .capacity = ring_words,
+                            .heads = parts.plans.plans[i].head_count,
+                            .cursor = 0,
+                            .sequence = 0,
+                            .arrived = 0,
+                            .progress = progress != nullptr ? progress + 2 * i : nullptr};
+    new (&parts.ring_states[i]) RingState();
+  }
+  return parts;
+}
+
+Status CudaCache::Bytes(const Resolved& resolved, int64_t* bytes) {
+  Arena host, device;
+  Layout(resolved, nullptr, host, device);
+  if (host.overflow() || device.overflow())
+    return Error(StatusCode::kSizeOverflow, "config: the cache would take more bytes than can be addressed");
+  *bytes = static_cast<int64_t>(device.used());
+  return Status();
+}
+
+CudaCache::CudaCache(const Resolved& resolved, const CudaParts& parts, int64_t bytes, void* device_memory,
+                     int32_t* progress, DeviceTraits traits)
+    : Cache(resolved, parts.plans, bytes, CudaTensorCheck(resolved.config.device_id)),
+      parts_(parts),
+      device_memory_(device_memory),
+      progress_(progress),
+      traits_(traits),
+      stream_(static_cast<cudaStream_t>(resolved.config.stream)) {}
+
+Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache) {
+  const DeviceScope scope(resolved.config.device_id);
+  EXPRESS_RETURN_IF_ERROR(CudaError("config.device_id", scope.error()));
+  DeviceTraits traits;
+  EXPRESS_RETURN_IF_ERROR(ReadTraits(resolved.config.device_id, &traits));
+  Arena host_count, device_count;
+  const CudaParts counted = Layout(resolved, nullptr, host_count, device_count);
+  struct Memory {  // freed unless taken
+    void *host = nullptr, *device = nullptr, *progress = nullptr;
+    ~Memory() {
+      std::free(host);
+      if (device != nullptr) cudaFree(device);
+      if (progress != nullptr) cudaFreeHost(progress);
+    }
+  } memory;
+  const auto out_of_memory = [&](const char* where, size_t size) {
+    cudaGetLastError();
+    return Error(StatusCode::kOutOfMemory, "config: no memory for a cache of ", size, " bytes on the ", where);
+  };
+  const size_t object = (sizeof(CudaCache) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+  memory.host = std::aligned_alloc(Arena::kAlignment, object + host_count.used());
+  if (memory.host == nullptr) return out_of_memory("host", object + host_count.used());
+  if (cudaMalloc(&memory.device, static_cast<size_t>(bytes)) != cudaSuccess)
+    return out_of_memory("device", static_cast<size_t>(bytes));
+  const size_t progress_bytes = static_cast<size_t>(counted.plans.plan_count) * 2 * sizeof(int32_t);
+  if (cudaHostAlloc(&memory.progress, progress_bytes, cudaHostAllocDefault) != cudaSuccess)
+    return out_of_memory("host", progress_bytes);
+  auto* progress = static_cast<int32_t*>(memory.progress);
+  std::fill_n(progress, 2 * counted.plans.plan_count, 0);
+
+  Arena host(static_cast<char*>(memory.host) + object), device(memory.device);
+  const CudaParts parts = Layout(resolved, progress, host, device);
+  auto* created = new (memory.host) CudaCache(resolved, parts, bytes, memory.device, progress, traits);
+  Status status = created->ResetData();
+  if (!status.ok()) {
+    created->~CudaCache();
+    return status;
+  }
+  memory.host = memory.device = memory.progress = nullptr;
+  *cache = created;
+  return Status();
+}
+
+CudaCache::~CudaCache() = default;
+
+void CudaCache::Delete() {
+  const DeviceScope scope(config_.device_id);
+  if (device_memory_ != nullptr) {
+    cudaStreamSynchronize(stream_);
+    cudaFree(device_memory_);
+    cudaFreeHost(progress_);
+  }
+  this->~CudaCache();
+  std::free(this);
+}
+
+Status CudaCache::DoSetStream(void* stream) {
+  stream_ = static_cast<cudaStream_t>(stream);
+  return Status();
+}
+
+void CudaCache::InitDevice() {
+  const int32_t heads = config_.layers * config_.kv_heads;
+  cuda::Uploader uploader(stream_);
+  uploader.Add(parts_.heads, parts_.head_copies, static_cast<size_t>(heads) * sizeof(cuda::Head));
+  uploader.Add(parts_.rings, parts_.ring_copies, static_cast<size_t>(plans_.plan_count) * sizeof(cuda::Ring));
+  uploader.Flush();
+  cuda::ResetHeads(parts_.heads, heads, parts_.rings, plans_.plan_count, config_.key_dim, stream_);
+}
+
+// Descriptions are sent again: a kernel that was broken off may have left the rings in disorder.
+Status CudaCache::ResetData() {
+  const DeviceScope scope(config_.device_id);
+  EXPRESS_RETURN_IF_ERROR(Synchronise(stream_));
+  InitDevice();
+  EXPRESS_RETURN_IF_ERROR(CudaError("cache", cudaGetLastError()));
+  EXPRESS_RETURN_IF_ERROR(Synchronise(stream_));
+  for (int32_t i = 0; i < plans_.plan_count; ++i) parts_.ring_states[i] = RingState();
+  std::fill_n(progress_, 2 * plans_.plan_count, 0);
+  std::fill_n(parts_.ahead, config_.layers, 0);
+  prepared_ = false;
+  return Status();
+}
+
+Status CudaCache::Place(const Resolved& resolved, int64_t bytes, void* device_memory, CudaCache** cache) {
+  Arena count, device_count;
+  Layout(resolved, nullptr, count, device_count);
+  const size_t object = (sizeof(CudaCache) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
+  void* memory = std::aligned_alloc(Arena::kAlignment, object + count.used());
+  if (memory == nullptr) return Error(StatusCode::kOutOfMemory, "config: no memory for plans on the host");
+  // Device pointers are formed, not followed: without memory yet, any aligned base serves to count.
+  void* base = device_memory != nullptr ? device_memory : reinterpret_cast<void*>(uintptr_t{4096});
+  Arena host(static_cast<char*>(memory) + object), device(base);
+  const CudaParts parts = Layout(resolved, nullptr, host, device);
+  std::fill_n(parts.ahead, resolved.config.layers, 0);
+  *cache = new (memory) CudaCache(resolved, parts, bytes, nullptr, nullptr, DeviceTraits());
+  return Status();
+}
+
+Status CudaCache::Launched(const char* what) const { return CudaError(what, cudaGetLastError()); }
+
+Status CudaCache::BreakOn(const Status& status) {
+  if (!status.ok()) broken_ = true;
+  return status;
+}
+
+cuda::HalveParams CudaCache::Halve() const {
+  return {.scale = static_cast<float>(config_.scale),
+          .gamma = static_cast<float>(config_.gamma),
+          .tau = static_cast<float>(config_.tau),
+          .delta = static_cast<float>(config_.delta),
+          .coin = config_.halving == Halving::kCoin};
+}
+
+// The live slots, their weights and the copy's description travel to the device in the launch.
+Status CudaCache::ExportHead(int32_t index, const Array& k, const Array& v, const Array* log_weight,
+                             const Array* position) const {
+  const DeviceScope scope(config_.device_id);
+  const cuda::Head& head = parts_.head_copies[index];
+  const plan::Plan& plan = plans_.plans[head.plan].plan;
+  cuda::Uploader uploader(stream_);
+  int32_t* entries = parts_.slot_scratch;
+  auto* weights = reinterpret_cast<float*>(entries + plan.setting().budget);
+  constexpr int32_t kPiece = 512;
+  int32_t piece[kPiece], count = 0;
+  float weight_piece[kPiece];
+  const auto send = [&](int32_t filled) {
+    uploader.Add(entries + count - filled, piece, static_cast<size_t>(filled) * 4);
+    uploader.Add(weights + count - filled, weight_piece, static_cast<size_t>(filled) * 4);
+  };
+  int32_t filled = 0;
+  for (int32_t slot = 0; slot < head.capacity; ++slot) {
+    if (plan.weights()[slot] == 0) continue;
+    piece[filled] = -1 - slot;
+    weight_piece[filled++] = LogWeight(plan.weights()[slot]);
+    ++count;
+    if (filled == kPiece) send(std::exchange(filled, 0));
+  }
+  send(filled);
+  const cuda::GatherHead gather{.slab_key = head.key,
+                                .slab_value = head.value,
+                                .slab_position = head.position,
+                                .key = k.data,
+                                .value = v.data,
+                                .position = position != nullptr ? reinterpret_cast<int64_t*>(position->data) : nullptr,
+                                .log_weight = log_weight != nullptr ? reinterpret_cast<float*>(log_weight->data) : nullptr,
+                                .index = entries,
+                                .to = nullptr,
+                                .weights = weights,
+                                .count = count,
+                                .kv_head = 0};
+  uploader.Flush();
+  cuda::GatherOne(gather,
+                  {.heads = nullptr,
+                   .head_count = 1,
+                   .most_count = count,
+                   .key_dim = config_.key_dim,
+                   .value_dim = config_.value_dim,
+                   .dtype = config_.dtype,
+                   .key_dtype = k.dtype,
+                   .value_dtype = v.dtype,
+                   .key_stride = k.stride[0],
+                   .value_stride = v.stride[0],
+                   .position_stride = position != nullptr ? position->stride[0] : 0,
+                   .log_weight_stride = log_weight != nullptr ? log_weight->stride[0] : 0,
+                   .k = {},
+                   .v = {},
+                   .first_position = 0},
+                  stream_);
+  return Launched("export");
+}
+
+}  // namespace express::cache

@@ -1,0 +1,64 @@
+#include "src/cache/plans.h"
+
+#include <algorithm>
+#include <new>
+
+namespace express::cache {
+namespace {
+
+// KV heads of a layer that have the same setting share a plan: head h belongs to the first head of its kind.
+int64_t Leader(const Resolved& r, int64_t h) {
+  int64_t first = h / r.config.kv_heads * r.config.kv_heads;
+  while (!(r.settings[static_cast<size_t>(first)] == r.settings[static_cast<size_t>(h)])) ++first;
+  return first;
+}
+
+}  // namespace
+
+Plans LayoutPlans(const Resolved& r, bool host_weights, Arena& arena) {
+  const Config& c = r.config;
+  const int64_t heads = int64_t{c.layers} * c.kv_heads;
+  Plans out{};
+  out.plan_heads = arena.Take<int32_t>(heads);
+  out.head_plan = arena.Take<int32_t>(heads);
+  out.layer_plans = arena.Take<int32_t>(int64_t{c.layers} + 1);
+  out.layer_entries = arena.Take<int64_t>(c.layers);
+  out.layer_peak = arena.Take<int64_t>(c.layers);
+  const bool counting = out.plan_heads == nullptr;
+  for (int64_t h = 0; h < heads; ++h) out.plan_count += Leader(r, h) == h;
+  out.plans = arena.Take<PlanState>(out.plan_count);
+
+  out.max_list = 2;
+  int32_t plan = 0, grouped = 0;
+  for (int64_t h = 0; h < heads; ++h) {
+    const auto layer = static_cast<int32_t>(h / c.kv_heads);
+    if (!counting && h % c.kv_heads == 0) out.layer_plans[layer] = plan;
+    if (Leader(r, h) != h) continue;
+    const plan::Setting& setting = r.settings[static_cast<size_t>(h)];
+    PlanState state{.plan = plan::Plan(setting, arena),
+                    .log_weight = host_weights ? arena.Take<float>(setting.budget) : nullptr,
+                    .layer = layer,
+                    .first_head = grouped,
+                    .head_count = 0,
+                    .call_begin = 0};
+    for (int64_t other = h; other < (int64_t{layer} + 1) * c.kv_heads; ++other) {
+      if (Leader(r, other) != h) continue;
+      if (!counting) {
+        out.head_plan[other] = plan;
+        out.plan_heads[grouped] = static_cast<int32_t>(other);
+      }
+      ++grouped;
+      ++state.head_count;
+    }
+    out.max_ops = std::max(out.max_ops, state.plan.MaxOps());
+    out.max_slots = std::max({out.max_slots, state.plan.MaxSlots(), setting.budget});
+    out.max_list = std::max(out.max_list, state.plan.MaxList());
+    if (!counting) new (&out.plans[plan]) PlanState(state);
+    ++plan;
+  }
+  if (!counting) out.layer_plans[c.layers] = out.plan_count;
+  out.operations = plan::Operations(arena, 4 * out.max_ops + 256, out.max_slots + 1024);
+  return out;
+}
+
+}  // namespace express::cache

@@ -1,0 +1,337 @@
+// Steps: the records of a ring executed on slabs, one block per head, operations in order.
+#include <limits>
+
+#include "src/cuda/device.cuh"
+#include "src/cuda/halve.cuh"
+#include "src/cuda/kernels.h"
+#include "src/cuda/ring.h"
+
+namespace express::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int32_t kMostDim = 1024;
+constexpr int64_t kRun = 256;  // departures that a mean is taken over, as on the CPU
+constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
+
+__device__ int64_t Long(const int32_t* words) {
+  return static_cast<int64_t>(static_cast<uint32_t>(words[0]) |
+                              (static_cast<uint64_t>(static_cast<uint32_t>(words[1])) << 32));
+}
+
+__device__ float LoadAs(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kF16:
+      return ToFloat(static_cast<const Half*>(data)[i]);
+    case DType::kBF16:
+      return ToFloat(static_cast<const BFloat16*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+
+// One head at work. Every function is called by all threads of the block and ends with a barrier. kPart: what of the
+// records whose halvings may run ahead; a kernel of the rest has no halving in it and needs fewer registers.
+template <class T, Part kPart>
+struct Worker {
+  const ExecuteArgs& args;
+  const Head& head;
+  char* shared;    // of HalveList
+  float* row;      // (kMostDim), shared
+  float* reduced;  // (kWarps), shared
+  int32_t* found;  // (kWarps), shared
+  const int thread = static_cast<int>(threadIdx.x);
+
+  __device__ T* Key(int32_t slot) const { return static_cast<T*>(head.key) + int64_t{slot} * args.key_dim; }
+  __device__ T* Value(int32_t slot) const { return static_cast<T*>(head.value) + int64_t{slot} * args.value_dim; }
+
+  // Rows are whole 16-byte pieces; `lane` of `lanes` threads.
+  template <bool kSwap>
+  __device__ void MoveRow(T* from, T* to, int32_t dim, int lane, int lanes) const {
+    auto* a = reinterpret_cast<uint4*>(from);
+    auto* b = reinterpret_cast<uint4*>(to);
+    for (int32_t i = lane; i < dim * static_cast<int32_t>(sizeof(T)) / 16; i += lanes) {
+      const uint4 x = a[i];
+      if (kSwap) a[i] = b[i];
+      b[i] = x;
+    }
+  }
+  template <bool kSwap>
+  __device__ void MoveEntry(int32_t from, int32_t to, int lane, int lanes) const {
+    MoveRow<kSwap>(Key(from), Key(to), args.key_dim, lane, lanes);
+    MoveRow<kSwap>(Value(from), Value(to), args.value_dim, lane, lanes);
+    if (lane == 0) {
+      const int64_t position = head.position[from];
+      if (kSwap) head.position[from] = head.position[to];
+      head.position[to] = position;
+    }
+  }
+
+  __device__ void Write(const char* k, const char* v, int64_t position, int32_t slot) const {
+    for (int32_t i = thread; i < args.key_dim; i += kThreads) FromFloat(LoadAs(k, args.k.dtype, i), Key(slot) + i);
+    for (int32_t i = thread; i < args.value_dim; i += kThreads) FromFloat(LoadAs(v, args.v.dtype, i), Value(slot) + i);
+    if (thread == 0) {
+      head.position[slot] = position;
+      if (head.leader) head.log_weight[slot] = 0;
+    }
+    __syncthreads();
+  }
+
+  // The sum goes slot by slot, as on the CPU.
+  __device__ void Centre(const int32_t* slots, int32_t count) const {
+    for (int32_t d = thread; d < args.key_dim; d += kThreads) {
+      float sum = 0;
+      for (int32_t i = 0; i < count; ++i) sum = __fadd_rn(sum, ToFloat(Key(slots[i])[d]));
+      head.mean[d] = __fdiv_rn(sum, static_cast<float>(count));
+    }
+    __syncthreads();
+  }
+
+  // ||k - mu||^2, summed in the order of the dimensions.
+  __device__ float Score() const {
+    float score = 0;
+    for (int32_t d = 0; d < args.key_dim; ++d) score = __fadd_rn(score, row[d]);
+    return score;
+  }
+
+  // Index of the lowest score; among equals the youngest.
+  __device__ int32_t FindWeakest() const {
+    float lowest = std::numeric_limits<float>::infinity();
+    int32_t best = -1;
+    int64_t age = -1;
+    const auto better = [](float s, int64_t p, float than, int64_t than_p) { return s < than || (s == than && p > than_p); };
+    for (int32_t i = thread; i < head.protect; i += kThreads) {
+      const float s = head.score[i];
+      const int64_t p = head.position[head.protected_slot[i]];
+      if (best < 0 || better(s, p, lowest, age)) lowest = s, age = p, best = i;
+    }
+    __shared__ int64_t ages[kWarps];
+    for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+      const float s = __shfl_xor_sync(0xFFFFFFFFu, lowest, offset);
+      const int64_t p = __shfl_xor_sync(0xFFFFFFFFu, age, offset);
+      const int32_t b = __shfl_xor_sync(0xFFFFFFFFu, best, offset);
+      if (b >= 0 && (best < 0 || better(s, p, lowest, age))) lowest = s, age = p, best = b;
+    }
+    if (thread % kWarp == 0) reduced[thread / kWarp] = lowest, found[thread / kWarp] = best, ages[thread / kWarp] = age;
+    __syncthreads();
+    best = found[0], lowest = reduced[0], age = ages[0];
+    for (int w = 1; w < kWarps; ++w)
+      if (found[w] >= 0 && (best < 0 || better(reduced[w], ages[w], lowest, age)))
+        best = found[w], lowest = reduced[w], age = ages[w];
+    __syncthreads();
+    return best;
+  }
+
+  __device__ void Admit(int32_t slot, int64_t ordinal) const {
+    const bool new_run = ordinal > 0 && ordinal % kRun == 0;
+    for (int32_t d = thread; d < args.key_dim; d += kThreads) {
+      if (new_run) {
+        head.mean[d] = __fdiv_rn(head.sum[d], static_cast<float>(kRun));
+        head.sum[d] = 0;
+      }
+      const float x = ToFloat(Key(slot)[d]), centred = __fsub_rn(x, head.mean[d]);
+      head.sum[d] = __fadd_rn(head.sum[d], x);
+      row[d] = __fmul_rn(centred, centred);
+    }
+    __syncthreads();
+    const float score = Score();
+    const int32_t count = head.protected_count[0], weakest = head.protected_count[1];
+    __syncthreads();
+    if (count < head.protect) {
+      if (thread == 0) {
+        head.protected_slot[count] = slot;
+        head.score[count] = score;
+        head.protected_count[0] = count + 1;
+      }
+      __syncthreads();
+      if (count + 1 < head.protect) return;
+    } else {
+      if (!(score > head.score[weakest])) return;
+      MoveEntry<true>(slot, head.protected_slot[weakest], thread, kThreads);
+      __syncthreads();
+      if (thread == 0) head.score[weakest] = score;
+      __syncthreads();
+    }
+    const int32_t found_weakest = FindWeakest();
+    if (thread == 0) head.protected_count[1] = found_weakest;
+    __syncthreads();
+  }
+
+  __device__ void Sample(int64_t number, int64_t weight, int64_t total, float log_weight, int32_t kept,
+                         int32_t freed) const {
+    if (DrawChance(head.stream, RandomPurpose::kSample, static_cast<uint64_t>(number), static_cast<uint64_t>(weight),
+                   static_cast<uint64_t>(total)))
+      MoveEntry<false>(freed, kept, thread, kThreads);
+    if (thread == 0 && head.leader) {
+      head.log_weight[kept] = log_weight;
+      head.log_weight[freed] = kMinusInfinity;
+    }
+    __syncthreads();
+  }
+
+  struct RowsOf {
+    const Worker& worker;
+    const int32_t* slots;
+    __device__ const T* Key(int32_t i) const { return worker.Key(slots[i]); }
+    __device__ const T* Value(int32_t i) const { return worker.Value(slots[i]); }
+  };
+
+  __device__ void Halve(int64_t number, float log_weight, const int32_t* slots, int32_t count) const {
+    auto* keep = reinterpret_cast<uint8_t*>(head.halve_scratch);
+    char* scratch = head.halve_scratch + (count / 2 + 255) / 256 * 256;
+    HalveList<T, kThreads>(RowsOf{*this, slots}, count, args.key_dim, args.value_dim, args.halve, head.stream,
+                           static_cast<uint64_t>(number), scratch, shared, keep);
+    for (int32_t a = thread / kWarp; a < count / 2; a += kWarps)
+      if (keep[a] != 0) MoveEntry<false>(slots[2 * a + 1], slots[2 * a], thread % kWarp, kWarp);
+    if (head.leader)
+      for (int32_t i = thread; i < count; i += kThreads)
+        head.log_weight[slots[i]] = i % 2 == 0 ? log_weight : kMinusInfinity;
+    __syncthreads();
+  }
+
+  __device__ void Free(const int32_t* slots, int32_t count) const {
+    if (head.leader)
+      for (int32_t i = thread; i < count; i += kThreads) head.log_weight[slots[i]] = kMinusInfinity;
+    __syncthreads();
+  }
+
+  // The body of one record.
+  __device__ void Run(const int32_t* at, const int32_t* end, bool hoisted, const char* k, const char* v) const {
+    while (at < end) {
+      const int32_t kind = at[0] & 15, count = at[0] >> 4;
+      const bool now = kPart == Part::kAll || (hoisted && kind == kRingHalve) == (kPart == Part::kHalvings);
+      switch (kind) {
+        case kRingWrite:
+          if (now) Write(k, v, Long(at + 1), at[3]);
+          at += 4;
+          break;
+        case kRingCentre:
+          if (now) Centre(at + 1, count);
+          at += 1 + count;
+          break;
+        case kRingAdmit:
+          if (now) Admit(at[3], Long(at + 1));
+          at += 4;
+          break;
+        case kRingSample:
+          if (now) Sample(Long(at + 1), Long(at + 3), Long(at + 5), __int_as_float(at[7]), at[8], at[9]);
+          at += 10;
+          break;
+        case kRingHalve:
+          if constexpr (kPart != Part::kRest)
+            if (now) Halve(Long(at + 1), __int_as_float(at[3]), at + 4, count);
+          at += 4 + count;
+          break;
+        case kRingFree:
+          if (now) Free(at + 1, count);
+          at += 1 + count;
+          break;
+        default:
+          return;
+      }
+    }
+  }
+};
+
+// The record with this sequence number, from `offset` on, or null.
+__device__ const int32_t* FindRecord(const Ring& ring, int32_t sequence, int32_t& offset) {
+  const int32_t* record = ring.words + offset;
+  if (record[0] == sequence && record[1] == kJump) {
+    offset = 0;
+    record = ring.words;
+  }
+  return record[0] == sequence && record[1] != kJump ? record : nullptr;
+}
+
+// All heads of the plan are done: the ring moves on.
+__device__ void Arrive(Ring& ring, int32_t offset, int32_t sequence, bool complete) {
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  __threadfence();
+  if (atomicAdd(&ring.arrived, 1) != ring.heads - 1) return;
+  ring.arrived = 0;
+  volatile int32_t* progress = ring.progress;
+  if (!complete) {
+    progress[1] = 1;
+    return;
+  }
+  ring.cursor = offset;
+  ring.sequence = sequence;
+  __threadfence_system();
+  progress[0] = sequence;
+}
+
+template <class T, Part kPart>
+__global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant__ ExecuteArgs args) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ float row[kMostDim];
+  __shared__ float reduced[kWarps];
+  __shared__ int32_t found[kWarps];
+  const Head& head = args.heads[blockIdx.y][blockIdx.x];
+  Ring& ring = args.rings[blockIdx.y][head.plan];
+  const Worker<T, kPart> worker{args, head, shared, row, reduced, found};
+  const auto layer = static_cast<int64_t>(blockIdx.x) / args.kv_heads, kv_head = static_cast<int64_t>(blockIdx.x) % args.kv_heads;
+  const int64_t cache = args.row[blockIdx.y];
+  const auto at = [&](const Rows& rows, int64_t cache_stride, int64_t layer_stride, int64_t step) {
+    const int64_t element = cache * cache_stride + layer * layer_stride + kv_head * rows.head_stride + step * rows.row_stride;
+    return static_cast<const char*>(rows.data) + element * SizeOf(rows.dtype);
+  };
+  int32_t offset = ring.cursor, sequence = ring.sequence;
+  __syncthreads();
+  bool complete = true;
+  for (int32_t step = 0; step < args.steps && complete; ++step) {
+    const int32_t* record = FindRecord(ring, sequence + 1, offset);
+    complete = record != nullptr;
+    if (!complete) break;
+    ++sequence;
+    const int32_t* body = record + kRecordHeader;
+    worker.Run(body, body + record[1], (record[2] & kHoisted) != 0, at(args.k, args.k_cache_stride, args.k_layer_stride, step),
+               at(args.v, args.v_cache_stride, args.v_layer_stride, step));
+    offset += kRecordHeader + record[1];
+  }
+  if (kPart != Part::kHalvings) Arrive(ring, offset, sequence, complete);
+}
+
+__global__ void ResetKernel(const Head* heads, int32_t head_count, Ring* rings, int32_t key_dim) {
+  const auto index = static_cast<int32_t>(blockIdx.x), thread = static_cast<int32_t>(threadIdx.x);
+  if (index >= head_count) {
+    Ring& ring = rings[index - head_count];
+    if (thread == 0) ring.cursor = ring.sequence = ring.arrived = ring.words[0] = 0;
+    return;
+  }
+  const Head& head = heads[index];
+  if (head.leader)
+    for (int32_t i = thread; i < head.capacity; i += kThreads) head.log_weight[i] = kMinusInfinity;
+  if (head.protect > 0)
+    for (int32_t d = thread; d < key_dim; d += kThreads) head.mean[d] = head.sum[d] = 0;
+  if (thread < 2) head.protected_count[thread] = 0;
+  if (thread == 0) *head.ticket = 0;
+}
+
+}  // namespace
+
+void ResetHeads(const Head* heads, int32_t head_count, Ring* rings, int32_t ring_count, int32_t key_dim,
+                cudaStream_t stream) {
+  ResetKernel<<<static_cast<uint32_t>(head_count + ring_count), kThreads, 0, stream>>>(heads, head_count, rings, key_dim);
+}
+
+size_t HalveScratch(int32_t longest_list) {
+  return static_cast<size_t>((longest_list / 2 + 255) / 256 * 256) + (HalveScratchBytes(longest_list) + 255) / 256 * 256;
+}
+
+void Execute(const ExecuteArgs& args, cudaStream_t stream) {
+  const dim3 grid(static_cast<uint32_t>(args.layers * args.kv_heads), static_cast<uint32_t>(args.caches));
+  WithType(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const size_t shared = HalveSharedBytes<T>(args.key_dim, args.value_dim);
+    if (args.part == Part::kAll)
+      ExecuteKernel<T, Part::kAll><<<grid, kThreads, shared, stream>>>(args);
+    else if (args.part == Part::kHalvings)
+      ExecuteKernel<T, Part::kHalvings><<<grid, kThreads, shared, stream>>>(args);
+    else
+      ExecuteKernel<T, Part::kRest><<<grid, kThreads, 0, stream>>>(args);
+  });
+}
+
+}  // namespace express::cuda

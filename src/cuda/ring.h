@@ -1,0 +1,40 @@
+// The ring through which plans reach captured kernels: per plan a stretch of device words that the host fills, record after
+// record, and that append kernels read in step with a cursor on the device (DESIGN 5).
+//
+// A record is one token of one plan: {sequence number, words of the body, flags} and a body of operations. A body of length
+// kJump sends the reader to offset 0. After the last record stands a zero, which is no sequence number.
+#ifndef EXPRESS_SRC_CUDA_RING_H_
+#define EXPRESS_SRC_CUDA_RING_H_
+
+#include <cstdint>
+
+namespace express::cuda {
+
+inline constexpr int32_t kRecordHeader = 3;  // words
+inline constexpr int32_t kJump = -1;
+inline constexpr int32_t kHoisted = 1;  // flag: halvings touch nothing that this token brings, and may run ahead of it
+
+// Operations: word 0 is kind | count << 4, then what the kind has; 64-bit numbers take two words, low first.
+enum RingOp : int32_t {
+  kRingWrite = 1,   // position, slot
+  kRingCentre = 2,  // count slots
+  kRingAdmit = 3,   // ordinal, slot
+  kRingSample = 4,  // number, weight, total, float log weight, slot kept, slot freed
+  kRingHalve = 5,   // number, float log weight, count slots
+  kRingFree = 6,    // count slots
+};
+
+// One plan's ring; device memory.
+struct Ring {
+  int32_t* words;     // (capacity)
+  int32_t capacity;
+  int32_t heads;      // that execute each record
+  int32_t cursor;     // offset of the next record
+  int32_t sequence;   // of the last record executed; the next one has sequence + 1
+  int32_t arrived;    // heads that are done with the launch in progress
+  int32_t* progress;  // (2), host memory: sequence of the last record executed, and whether a replay found none
+};
+
+}  // namespace express::cuda
+
+#endif  // EXPRESS_SRC_CUDA_RING_H_

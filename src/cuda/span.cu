@@ -1,0 +1,242 @@
+// Spans of a prompt: which tokens are where, without moving any (src/plan/span.h), and the copies at the end.
+#include <limits>
+
+#include "src/cuda/device.cuh"
+#include "src/cuda/halve.cuh"
+#include "src/cuda/kernels.h"
+
+namespace express::cuda {
+
+__host__ __device__ size_t SpanScratch(int64_t list) { return static_cast<size_t>(list) / 2 * sizeof(halve::Pair); }
+
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int32_t kShortList = 2 * halve::kMostPairs;
+
+// The head that block (.., y) works for, or null: plans have different numbers of heads.
+__device__ const SpanHead* HeadOf(const SpanArgs& args, int32_t plan, int32_t y) {
+  const SpanPlan& p = args.plans[plan];
+  return y < p.head_count ? &args.heads[p.heads[y]] : nullptr;
+}
+
+// grid: (pieces, KV heads)
+__global__ void BeginKernel(const __grid_constant__ SpanArgs args, const SpanDepartures* departures) {
+  const SpanHead& head = args.heads[blockIdx.y];
+  const SpanPlan& plan = args.plans[head.plan];
+  const SpanDepartures& leaving = departures[head.plan];
+  const int64_t count = plan.budget + (head.protect == 0 ? leaving.count : 0);
+  const int64_t step = int64_t{gridDim.x} * blockDim.x;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
+    const int64_t j = i - plan.budget;
+    int32_t value = kSkip;
+    if (j >= 0)
+      value = j < leaving.sources ? head.source[leaving.source_begin + j]
+                                  : static_cast<int32_t>(leaving.first_row + j - leaving.sources);
+    else if (args.first_span)
+      value = static_cast<int32_t>(-1 - i);
+    else if (plan.slot_nodes[i] != kNoNode)
+      value = head.previous[plan.slot_nodes[i]];
+    head.values[i] = value;
+  }
+}
+
+// One warp per (sample, head): the last candidate that is taken stays.
+__global__ void SampleKernel(const __grid_constant__ SpanArgs args, int64_t begin, int64_t end) {
+  const int64_t index = begin + (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
+  if (index >= end) return;
+  const SpanSample& op = args.samples[index];
+  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
+  if (head == nullptr) return;
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarp);
+  int32_t last = -1;
+  for (int32_t j = lane; j < op.count; j += kWarp)
+    if (DrawChance(head->stream, RandomPurpose::kSample, static_cast<uint64_t>(op.number + j),
+                   static_cast<uint64_t>(op.weight), static_cast<uint64_t>(op.total + j * op.weight)))
+      last = j;
+  last = WarpReduce(last, [](int32_t a, int32_t b) { return a > b ? a : b; });
+  if (lane == 0) head->values[op.out] = head->values[last < 0 ? op.first : op.candidate + last];
+}
+
+// Entry `index` of a head, wherever it lies.
+template <class T>
+__device__ __forceinline__ const T* EntryRow(const Rows& rows, int32_t kv_head, const void* slab, int32_t dim, int32_t index) {
+  if (index < 0) return static_cast<const T*>(slab) + static_cast<int64_t>(-1 - index) * dim;
+  return static_cast<const T*>(rows.data) + index * rows.row_stride + kv_head * rows.head_stride;
+}
+
+template <class T>
+struct NodeRows {
+  const SpanArgs& args;
+  const SpanHead& head;
+  const int32_t* nodes;
+  int32_t kv_head;
+  __device__ const T* Key(int32_t i) const {
+    return EntryRow<T>(args.k, kv_head, head.slab_key, args.key_dim, head.values[nodes[i]]);
+  }
+  __device__ const T* Value(int32_t i) const {
+    return EntryRow<T>(args.v, kv_head, head.slab_value, args.value_dim, head.values[nodes[i]]);
+  }
+};
+
+// One block per (halving, head). kMostCount tells the kernels for short and for long lists apart; each leaves the other's.
+template <class T, int32_t kMostCount>
+__global__ __launch_bounds__(kThreads) void HalveKernel(const __grid_constant__ SpanArgs args, int64_t begin) {
+  extern __shared__ __align__(16) char shared[];
+  const SpanHalve& op = args.halves[begin + blockIdx.x];
+  if ((op.count <= kShortList) != (kMostCount <= kShortList)) return;
+  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
+  if (head == nullptr) return;
+  const int32_t* nodes = args.list + op.begin;
+  const NodeRows<T> rows{args, *head, nodes, static_cast<int32_t>(head - args.heads)};
+  uint8_t* keep = head->keep + op.begin / 2;
+  HalveList<T, kThreads, kMostCount>(rows, op.count, args.key_dim, args.value_dim, args.halve, head->stream,
+                                     static_cast<uint64_t>(op.number), head->halve_scratch + SpanScratch(op.begin),
+                                     shared, keep);
+  for (int32_t a = static_cast<int32_t>(threadIdx.x); a < op.count / 2; a += kThreads)
+    head->values[op.out + a] = head->values[nodes[2 * a + (keep[a] != 0 ? 1 : 0)]];
+}
+
+// One block per (prompt block, KV head).
+__global__ void FarKernel(const __grid_constant__ SpanArgs args) {
+  const auto g = static_cast<int32_t>(blockIdx.y);
+  const SpanHead& head = args.heads[g];
+  const SpanPlan& plan = args.plans[head.plan];
+  const SpanBlock& block = plan.blocks[blockIdx.x];
+  int32_t* index = head.far_index + int64_t{blockIdx.x} * head.far_capacity;
+  float* bias = head.far_bias + int64_t{blockIdx.x} * head.far_capacity;
+  const auto put = [&](int32_t from, int32_t count, const auto& entry) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += static_cast<int32_t>(blockDim.x))
+      entry(i, index[from + i], bias[from + i]);
+    return from + count;
+  };
+  int32_t at = put(0, block.sinks, [&](int32_t i, int32_t& x, float& b) { x = plan.sink_index[i], b = 0; });
+  at = put(at, block.old_tail,
+           [&](int32_t i, int32_t& x, float& b) { x = -1 - plan.old_tail[block.old_tail_begin + i], b = 0; });
+  const int32_t* snapshot = head.snapshots + int64_t{blockIdx.x} * head.protect;
+  at = put(at, block.protected_count, [&](int32_t i, int32_t& x, float& b) { x = snapshot[i], b = 0; });
+  const SpanMember* members = args.members + block.member_begin;
+  at = put(at, block.members, [&](int32_t i, int32_t& x, float& b) {
+    x = head.values[members[i].node];
+    b = args.exponent * members[i].log_weight;
+  });
+  if (threadIdx.x == 0) head.far_count[blockIdx.x] = at;
+}
+
+__global__ void StoreKernel(const SpanStorePlan* plans, const SpanStoreHead* heads) {
+  const SpanStoreHead& head = heads[blockIdx.y];
+  const SpanStorePlan& plan = plans[head.plan];
+  const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= plan.count) return;
+  const int32_t code = plan.code[i];
+  const bool is_protected = i >= plan.nodes && i < plan.nodes + plan.protects;
+  const int32_t entry = i < plan.nodes ? head.values[code] : is_protected ? head.protected_index[code] : code;
+  const int32_t to = is_protected && head.protected_slot != nullptr ? head.protected_slot[code] : plan.to[i];
+  const bool stays = head.stage_index != nullptr && entry == -1 - to;
+  const bool moves = head.stage_index != nullptr && entry < 0 && !stays;
+  if (head.stage_index != nullptr) head.stage_index[i] = moves ? entry : kSkip;
+  head.index[i] = stays ? kSkip : moves ? -1 - i : entry;
+  head.to[i] = to;
+}
+
+template <class From, class To>
+__device__ void CopyRow(const From* from, To* to, int32_t dim, int lane) {
+  if constexpr (sizeof(From) == sizeof(To) && std::is_same_v<From, To>) {
+    constexpr int32_t kPiece = 16 / sizeof(From);
+    for (int32_t i = lane; i < dim / kPiece; i += kWarp)
+      reinterpret_cast<uint4*>(to)[i] = reinterpret_cast<const uint4*>(from)[i];
+  } else {
+    for (int32_t i = lane; i < dim; i += kWarp) FromFloat(ToFloat(from[i]), to + i);
+  }
+}
+
+template <class From>
+__device__ void CopyRowTo(const From* from, void* to, DType dtype, int64_t element, int32_t dim, int lane) {
+  switch (dtype) {
+    case DType::kF16:
+      return CopyRow(from, static_cast<Half*>(to) + element, dim, lane);
+    case DType::kBF16:
+      return CopyRow(from, static_cast<BFloat16*>(to) + element, dim, lane);
+    default:
+      return CopyRow(from, static_cast<float*>(to) + element, dim, lane);
+  }
+}
+
+// One warp per (entry, head).
+template <class T>
+__device__ __forceinline__ void GatherEntry(const GatherArgs& args, const GatherHead& head) {
+  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
+  if (i >= head.count) return;
+  const int32_t index = head.index[i];
+  if (index == kSkip) return;
+  const int64_t to = head.to != nullptr ? head.to[i] : i;
+  const auto lane = static_cast<int>(threadIdx.x % kWarp);
+  CopyRowTo(EntryRow<T>(args.k, head.kv_head, head.slab_key, args.key_dim, index), head.key, args.key_dtype, to * args.key_stride,
+            args.key_dim, lane);
+  CopyRowTo(EntryRow<T>(args.v, head.kv_head, head.slab_value, args.value_dim, index), head.value, args.value_dtype,
+            to * args.value_stride, args.value_dim, lane);
+  if (lane != 0) return;
+  if (head.position != nullptr)
+    head.position[to * args.position_stride] = index < 0 ? head.slab_position[-1 - index] : args.first_position + index;
+  if (head.log_weight != nullptr) head.log_weight[to * args.log_weight_stride] = head.weights[i];
+}
+template <class T>
+__global__ void GatherKernel(const __grid_constant__ GatherArgs args) {
+  GatherEntry<T>(args, args.heads[blockIdx.y]);
+}
+template <class T>
+__global__ void GatherOneKernel(const __grid_constant__ GatherArgs args, const __grid_constant__ GatherHead head) {
+  GatherEntry<T>(args, head);
+}
+
+}  // namespace
+
+void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int64_t most_values, cudaStream_t stream) {
+  const dim3 grid(static_cast<uint32_t>(std::min<int64_t>(CeilDiv(most_values, 256), 64)),
+                  static_cast<uint32_t>(args.kv_heads));
+  BeginKernel<<<grid, 256, 0, stream>>>(args, departures);
+}
+
+void SpanStore(const SpanStorePlan* plans, const SpanStoreHead* heads, int32_t kv_heads, int32_t most_count,
+               cudaStream_t stream) {
+  const dim3 grid(static_cast<uint32_t>(CeilDiv(most_count, 256)), static_cast<uint32_t>(kv_heads));
+  StoreKernel<<<grid, 256, 0, stream>>>(plans, heads);
+}
+
+void SpanDepth(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, int64_t halve_begin, int64_t halve_end,
+               int32_t longest, cudaStream_t stream) {
+  const auto heads = static_cast<uint32_t>(args.most_heads);
+  if (sample_end > sample_begin) {
+    const dim3 grid(static_cast<uint32_t>(CeilDiv((sample_end - sample_begin) * kWarp, kThreads)), heads);
+    SampleKernel<<<grid, kThreads, 0, stream>>>(args, sample_begin, sample_end);
+  }
+  if (halve_end == halve_begin) return;
+  WithType(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    const dim3 grid(static_cast<uint32_t>(halve_end - halve_begin), heads);
+    const size_t few = HalveSharedBytes<T>(args.key_dim, args.value_dim, kShortList);
+    HalveKernel<T, kShortList><<<grid, kThreads, few, stream>>>(args, halve_begin);
+    if (longest <= kShortList) return;
+    const size_t many = HalveSharedBytes<T>(args.key_dim, args.value_dim);
+    HalveKernel<T, INT32_MAX><<<grid, kThreads, many, stream>>>(args, halve_begin);
+  });
+}
+
+void SpanFar(const SpanArgs& args, int32_t blocks, cudaStream_t stream) {
+  const dim3 grid(static_cast<uint32_t>(blocks), static_cast<uint32_t>(args.kv_heads));
+  FarKernel<<<grid, 128, 0, stream>>>(args);
+}
+
+void Gather(const GatherArgs& args, cudaStream_t stream) {
+  if (args.most_count == 0) return;
+  const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{args.most_count} * kWarp, 256)), static_cast<uint32_t>(args.head_count));
+  WithType(args.dtype, [&](auto type) { GatherKernel<decltype(type)><<<grid, 256, 0, stream>>>(args); });
+}
+
+void GatherOne(const GatherHead& head, const GatherArgs& args, cudaStream_t stream) {
+  if (args.most_count == 0) return;
+  const auto grid = static_cast<uint32_t>(CeilDiv(int64_t{args.most_count} * kWarp, 256));
+  WithType(args.dtype, [&](auto type) { GatherOneKernel<decltype(type)><<<grid, 256, 0, stream>>>(args, head); });
+}
+
+}  // namespace express::cuda

@@ -1,0 +1,189 @@
+#include "src/plan/span.h"
+
+#include <algorithm>
+#include <cmath>
+
+namespace express::plan {
+namespace {
+
+// Stable counting sort by depth; begins[d] is where depth d begins, begins[depths + 1] the end.
+template <class T>
+void SortByDepth(const std::vector<T>& from, int32_t depths, std::vector<T>& to, std::vector<int64_t>& begins) {
+  begins.assign(static_cast<size_t>(depths) + 2, 0);
+  for (const T& item : from) ++begins[static_cast<size_t>(item.depth) + 1];
+  for (size_t d = 1; d < begins.size(); ++d) begins[d] += begins[d - 1];
+  to.resize(from.size());
+  std::vector<int64_t> at(begins.begin(), begins.end() - 1);
+  for (const T& item : from) to[static_cast<size_t>(at[static_cast<size_t>(item.depth)]++)] = item;
+}
+
+}  // namespace
+
+// Every token departs at most once and enters the lowest level or a reservoir once; an entry is in as many lists as it
+// survives halvings, so lists add up to twice the entries; a level that retires leaves at most one entry to the
+// reservoir, after at least one halving.
+Span::Bounds Span::Bound(int64_t budget, int64_t tokens, int64_t snapshots) {
+  const int64_t entries = tokens + budget;
+  return {.nodes = budget + tokens + 3 * entries,
+          .samples = 2 * entries,
+          .halves = entries,
+          .list = 2 * entries,
+          .members = (snapshots + 1) * budget};
+}
+
+void Span::Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots) {
+  plans_.resize(plans.size());
+  size_t samples = 0, halves = 0, list = 0, members = 0, joins = 0;
+  for (size_t i = 0; i < plans.size(); ++i) {
+    const int64_t budget = plans[i]->setting().budget;
+    const Bounds bound = Bound(budget, tokens, snapshots);
+    PlanRecord& record = plans_[i];
+    record = PlanRecord();
+    record.node.assign(static_cast<size_t>(budget), kNoNode);
+    record.place.assign(static_cast<size_t>(budget), -1);
+    record.coreset.reserve(static_cast<size_t>(budget));
+    record.depth.reserve(static_cast<size_t>(bound.nodes));
+    record.snapshots.reserve(static_cast<size_t>(snapshots) + 1);
+    samples += static_cast<size_t>(bound.samples);
+    halves += static_cast<size_t>(bound.halves);
+    list += static_cast<size_t>(bound.list);
+    members += static_cast<size_t>(bound.members);
+    joins += static_cast<size_t>(plans[i]->setting().protect);
+    plans[i]->ForEachCoresetSlot([&](Slot slot) { SetNode(record, slot, slot); });
+  }
+  samples_.reserve(samples);
+  halves_.reserve(halves);
+  list_.reserve(list);
+  members_.reserve(members);
+  joins_.reserve(joins);
+}
+
+void Span::Begin() {
+  for (PlanRecord& record : plans_) {
+    for (const int32_t slot : record.coreset) record.node[static_cast<size_t>(slot)] = slot;
+    record.depth.assign(record.node.size(), 0);
+    record.nodes = static_cast<int64_t>(record.node.size());
+    record.snapshots.clear();
+    record.departures = 0;
+    record.open_sample = -1;
+  }
+  samples_.clear();
+  halves_.clear();
+  list_.clear();
+  members_.clear();
+  joins_.clear();
+  depths_ = 0;
+}
+
+void Span::SetNode(PlanRecord& record, Slot slot, int32_t node) {
+  const auto s = static_cast<size_t>(slot);
+  if (record.node[s] == kNoNode) {
+    record.place[s] = static_cast<int32_t>(record.coreset.size());
+    record.coreset.push_back(slot);
+  }
+  record.node[s] = node;
+}
+
+void Span::Clear(PlanRecord& record, Slot slot) {
+  const auto s = static_cast<size_t>(slot);
+  if (record.node[s] == kNoNode) return;
+  const int32_t last = record.coreset.back();
+  record.coreset[static_cast<size_t>(record.place[s])] = last;
+  record.place[static_cast<size_t>(last)] = record.place[s];
+  record.coreset.pop_back();
+  record.node[s] = kNoNode;
+}
+
+int32_t Span::NewNode(PlanRecord& record, int32_t depth) {
+  record.depth.push_back(depth);
+  depths_ = std::max(depths_, depth);
+  return static_cast<int32_t>(record.nodes++);
+}
+
+void Span::Snapshot(PlanRecord& record, const Plan& plan) {
+  const auto begin = static_cast<int32_t>(members_.size());
+  for (const int32_t slot : record.coreset)
+    members_.push_back({record.node[static_cast<size_t>(slot)],
+                        static_cast<float>(std::log(static_cast<double>(plan.weights()[slot])))});
+  record.snapshots.push_back({begin, static_cast<int32_t>(record.coreset.size()),
+                              static_cast<int32_t>(record.departures),
+                              static_cast<int32_t>(plan.protected_count())});
+  record.open_sample = -1;  // what it has given so far is read: it must not change any more
+}
+
+// A sample extends the one before if that is what fills the same reservoir and the candidates are departures in a row.
+void Span::AddSample(PlanRecord& record, int32_t plan, const Op& op, const Slot* slots) {
+  const auto node = [&](Slot slot) { return record.node[static_cast<size_t>(slot)]; };
+  const int32_t first = node(slots[0]), candidate = node(slots[1]);
+  const auto depth = [&](int32_t n) { return record.depth[static_cast<size_t>(n)]; };
+  if (record.open_sample >= 0) {
+    SpanSample& open = samples_[static_cast<size_t>(record.open_sample)];
+    if (open.out == first && open.candidate + open.count == candidate && open.number + open.count == op.number &&
+        open.weight == op.weight && open.total + open.count * open.weight == op.total && depth(candidate) == 0) {
+      ++open.count;
+      Clear(record, slots[1]);
+      return;
+    }
+  }
+  const int32_t at = 1 + std::max(depth(first), depth(candidate));
+  record.open_sample = static_cast<int32_t>(samples_.size());
+  samples_.push_back({op.number, op.weight, op.total, first, candidate, 1, NewNode(record, at), plan, at});
+  SetNode(record, slots[0], samples_.back().out);
+  Clear(record, slots[1]);
+}
+
+void Span::AddHalve(PlanRecord& record, int32_t plan, const Op& op, const Slot* slots) {
+  const auto begin = static_cast<int32_t>(list_.size());
+  int32_t depth = 0;
+  for (int32_t i = 0; i < op.count; ++i) {
+    const int32_t node = record.node[static_cast<size_t>(slots[i])];
+    list_.push_back(node);
+    depth = std::max(depth, record.depth[static_cast<size_t>(node)]);
+  }
+  const auto out = static_cast<int32_t>(record.nodes);
+  for (int32_t a = 0; a < op.count / 2; ++a) {
+    SetNode(record, slots[2 * a], NewNode(record, depth + 1));
+    Clear(record, slots[2 * a + 1]);
+  }
+  halves_.push_back({op.number, begin, op.count, out, plan, depth + 1});
+  record.open_sample = -1;
+}
+
+void Span::Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Operations& operations) {
+  PlanRecord& record = plans_[static_cast<size_t>(index)];
+  // Departures have the first nodes, known or not, so that the candidates of a sample are consecutive.
+  const int64_t room = plan.setting().sinks + plan.setting().tail() - std::min(plan.tokens(), plan.setting().sinks) -
+                       plan.tail_count();
+  const int64_t departures = std::max<int64_t>(0, tokens - room);
+  const auto first_departure = static_cast<int32_t>(record.nodes);
+  for (int64_t i = 0; i < departures; ++i) NewNode(record, 0);
+
+  for (int64_t i = 0; i < tokens; ++i) {
+    if (i == 0 || (block > 0 && plan.tokens() % block == 0)) Snapshot(record, plan);
+    const int64_t departed = plan.departures(), joined = plan.protected_count();
+    const Slot leaving = plan.next_departure();
+    operations.Clear();
+    plan.Append(1, operations);
+    if (plan.departures() > departed) {
+      if (plan.protected_count() > joined)
+        joins_.push_back({index, static_cast<int32_t>(joined), leaving});
+      else
+        SetNode(record, leaving, first_departure + static_cast<int32_t>(record.departures));
+      ++record.departures;
+    }
+    for (int64_t j = 0; j < operations.size(); ++j) {
+      const Op& op = operations[j];
+      if (op.kind == OpKind::kSample) AddSample(record, index, op, operations.slots(op));
+      if (op.kind == OpKind::kHalve) AddHalve(record, index, op, operations.slots(op));
+    }
+  }
+}
+
+void Span::Finish() {
+  SortByDepth(samples_, depths_, sorted_samples_, sample_begin_);
+  SortByDepth(halves_, depths_, sorted_halves_, halve_begin_);
+  samples_.swap(sorted_samples_);
+  halves_.swap(sorted_halves_);
+}
+
+}  // namespace express::plan
