@@ -105,7 +105,7 @@ CudaParts CudaCache::Layout(const Resolved& r, int32_t* progress, Arena& host, A
   parts.ring_copies = host.Take<cuda::Ring>(plan_count);
   parts.ring_states = host.Take<RingState>(plan_count);
   parts.ahead = host.Take<uint8_t>(c.layers);
-  parts.record_words = cuda::kRecordHeader + 10 * parts.plans.max_ops + parts.plans.max_slots + 1;
+  parts.record_words = cuda::kRecordHeader + 10 * parts.plans.max_ops + parts.plans.max_slots;
   parts.record = host.Take<int32_t>(parts.record_words);
 
   parts.heads = device.Take<cuda::Head>(heads);

@@ -133,19 +133,18 @@ void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader) {
   for (int64_t i = 0; i < plans_.operations.size(); ++i)
     at = Encode(plans_.operations[i], plans_.operations.slots(plans_.operations[i]), at);
   const auto words = static_cast<int32_t>(at - parts_.record);
-  const auto sequence = static_cast<int32_t>(++ring.written);
-  parts_.record[0] = sequence;
+  const int32_t tag = cuda::RecordTag(static_cast<int32_t>(++ring.written));
+  parts_.record[0] = tag;
   parts_.record[1] = words - cuda::kRecordHeader;
   parts_.record[2] = Hoistable() ? cuda::kHoisted : 0;
-  *at = 0;  // what follows is no record
   // Two words stay for a jump.
-  if (ring.write + words + 1 > device.capacity - 2) {
-    const int32_t jump[2] = {sequence, cuda::kJump};
+  if (ring.write + words > device.capacity - 2) {
+    const int32_t jump[2] = {tag, cuda::kJump};
     uploader.Add(device.words + ring.write, jump, sizeof(jump));
     ring.write = 0;
   }
   ring.begin[ring.written % RingState::kMostSteps] = ring.write;
-  uploader.Add(device.words + ring.write, parts_.record, static_cast<size_t>(words + 1) * sizeof(int32_t));
+  uploader.Add(device.words + ring.write, parts_.record, static_cast<size_t>(words) * sizeof(int32_t));
   ring.write += words;
 }
 

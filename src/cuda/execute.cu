@@ -237,11 +237,11 @@ struct Worker {
 // The record with this sequence number, from `offset` on, or null.
 __device__ const int32_t* FindRecord(const Ring& ring, int32_t sequence, int32_t& offset) {
   const int32_t* record = ring.words + offset;
-  if (record[0] == sequence && record[1] == kJump) {
+  if (record[0] == RecordTag(sequence) && record[1] == kJump) {
     offset = 0;
     record = ring.words;
   }
-  return record[0] == sequence && record[1] != kJump ? record : nullptr;
+  return record[0] == RecordTag(sequence) && record[1] != kJump ? record : nullptr;
 }
 
 // All heads of the plan are done: the ring moves on.

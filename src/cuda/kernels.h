@@ -241,7 +241,7 @@ struct GatherHead {  // device memory
   float* log_weight;     // or null
   const int32_t* index;  // (count)
   const int32_t* to;     // (count), or null: row i
-  const float* weights;  // (count): log weights of the copies, or null
+  const float* weights;  // (rows): log weights of the copies, or null
   int32_t count;
   int32_t kv_head;  // of k and v
 };

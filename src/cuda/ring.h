@@ -1,8 +1,8 @@
 // The ring through which plans reach captured kernels: per plan a stretch of device words that the host fills, record after
 // record, and that append kernels read in step with a cursor on the device (DESIGN 5).
 //
-// A record is one token of one plan: {sequence number, words of the body, flags} and a body of operations. A body of length
-// kJump sends the reader to offset 0. After the last record stands a zero, which is no sequence number.
+// A record is one token of one plan: {tag of its sequence number, words of the body, flags} and a body of operations. A body
+// of length kJump sends the reader to offset 0. Where no record is yet, old words do not look like the next one's tag.
 #ifndef EXPRESS_SRC_CUDA_RING_H_
 #define EXPRESS_SRC_CUDA_RING_H_
 
@@ -12,6 +12,9 @@ namespace express::cuda {
 
 inline constexpr int32_t kRecordHeader = 3;  // words
 inline constexpr int32_t kJump = -1;
+constexpr int32_t RecordTag(int32_t sequence) {
+  return static_cast<int32_t>(static_cast<uint32_t>(sequence) * 0x9E3779B1u + 0x7F4A7C15u);
+}
 inline constexpr int32_t kHoisted = 1;  // flag: halvings touch nothing that this token brings, and may run ahead of it
 
 // Operations: word 0 is kind | count << 4, then what the kind has; 64-bit numbers take two words, low first.

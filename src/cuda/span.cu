@@ -178,7 +178,7 @@ __device__ __forceinline__ void GatherEntry(const GatherArgs& args, const Gather
   if (lane != 0) return;
   if (head.position != nullptr)
     head.position[to * args.position_stride] = index < 0 ? head.slab_position[-1 - index] : args.first_position + index;
-  if (head.log_weight != nullptr) head.log_weight[to * args.log_weight_stride] = head.weights[i];
+  if (head.log_weight != nullptr) head.log_weight[to * args.log_weight_stride] = head.weights[to];
 }
 template <class T>
 __global__ void GatherKernel(const __grid_constant__ GatherArgs args) {

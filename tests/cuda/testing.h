@@ -1,0 +1,164 @@
+// Arrays on the device and pairs of caches, one on the CPU and one on the GPU, for the tests of CUDA caches.
+#ifndef EXPRESS_TESTS_CUDA_TESTING_H_
+#define EXPRESS_TESTS_CUDA_TESTING_H_
+
+#include <cuda_runtime_api.h>
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "express/cache.h"
+#include "src/cpu/kernels.h"
+
+namespace express {
+
+#define EXPECT_OK(expression) \
+  if (const Status status_ = (expression); !status_.ok()) ADD_FAILURE() << #expression << ": " << status_.message()
+#define ASSERT_OK(expression) \
+  if (const Status status_ = (expression); !status_.ok()) FAIL() << #expression << ": " << status_.message()
+#define ASSERT_CUDA(expression) ASSERT_EQ(expression, cudaSuccess) << #expression
+
+// Skips, loudly, where there is no GPU.
+class CudaTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    int count = 0;
+    if (cudaGetDeviceCount(&count) != cudaSuccess || count == 0)
+      GTEST_SKIP() << "NO NVIDIA GPU ON THIS MACHINE: THIS TEST DID NOT RUN";
+    ASSERT_CUDA(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking));
+  }
+  void TearDown() override {
+    if (stream_ == nullptr) return;
+    EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
+    EXPECT_EQ(cudaStreamDestroy(stream_), cudaSuccess);
+  }
+  cudaStream_t stream_ = nullptr;
+};
+
+// A tensor on the host and on the device, poisoned with NaN until it is set.
+class Mirror {
+ public:
+  Mirror(std::vector<int64_t> shape, DType dtype) : shape_(std::move(shape)), dtype_(dtype) {
+    count_ = 1;
+    for (const int64_t size : shape_) count_ *= size;
+    host_.resize(static_cast<size_t>(count_ * SizeOf(dtype)) + 16);
+    std::memset(host_.data(), 0xFF, host_.size());
+    EXPECT_EQ(cudaMalloc(&device_, host_.size()), cudaSuccess);
+    Upload();
+  }
+  ~Mirror() { cudaFree(device_); }
+  Mirror(const Mirror&) = delete;
+  Mirror& operator=(const Mirror&) = delete;
+
+  void Upload() { EXPECT_EQ(cudaMemcpy(device_, host_.data(), host_.size(), cudaMemcpyHostToDevice), cudaSuccess); }
+  void Download() { EXPECT_EQ(cudaMemcpy(host_.data(), device_, host_.size(), cudaMemcpyDeviceToHost), cudaSuccess); }
+  void Poison() {
+    std::memset(host_.data(), 0xFF, host_.size());
+    Upload();
+  }
+  // Gaussian, rounded to the type.
+  void Fill(std::mt19937& rng, float scale = 1) {
+    std::normal_distribution<float> normal(0, scale);
+    std::vector<float> x(static_cast<size_t>(count_));
+    for (float& y : x) y = normal(rng);
+    cpu::Convert(x.data(), DType::kF32, host_.data(), dtype_, count_);
+    Upload();
+  }
+  std::vector<float> Floats() {
+    Download();
+    std::vector<float> x(static_cast<size_t>(count_));
+    cpu::Convert(host_.data(), dtype_, x.data(), DType::kF32, count_);
+    return x;
+  }
+  template <class T>
+  std::vector<T> Raw() {
+    Download();
+    const T* data = reinterpret_cast<const T*>(host_.data());
+    return std::vector<T>(data, data + count_);
+  }
+
+  // Rows [first, first + rows) along the leading dimension.
+  struct Part {
+    Tensor tensor;
+    std::vector<int64_t> shape;
+    operator const Tensor&() {
+      tensor.shape = shape.data();
+      return tensor;
+    }
+    const Tensor* get() {
+      tensor.shape = shape.data();
+      return &tensor;
+    }
+  };
+  Part On(DeviceType device, int64_t first, int64_t rows) {
+    Part part{{}, shape_};
+    part.shape[0] = rows;
+    char* base = device == DeviceType::kCpu ? host_.data() : static_cast<char*>(device_);
+    part.tensor = {base + first * count_ / shape_[0] * SizeOf(dtype_), device, 0, dtype_,
+                   static_cast<int32_t>(shape_.size()), nullptr, nullptr};
+    return part;
+  }
+  Part Gpu(int64_t first, int64_t rows) { return On(DeviceType::kCuda, first, rows); }
+  Part Gpu() { return Gpu(0, shape_[0]); }
+  Part Cpu(int64_t first, int64_t rows) { return On(DeviceType::kCpu, first, rows); }
+  Part Cpu() { return Cpu(0, shape_[0]); }
+  void* device() const { return device_; }
+  void* host() { return host_.data(); }
+  int64_t count() const { return count_; }
+
+ private:
+  std::vector<int64_t> shape_;
+  DType dtype_;
+  int64_t count_;
+  std::vector<char> host_;
+  void* device_ = nullptr;
+};
+
+inline double RelativeError(const std::vector<float>& x, const std::vector<float>& reference) {
+  double difference = 0, norm = 0;
+  for (size_t i = 0; i < x.size(); ++i) {
+    difference += std::pow(static_cast<double>(x[i]) - static_cast<double>(reference[i]), 2);
+    norm += std::pow(static_cast<double>(reference[i]), 2);
+  }
+  return std::sqrt(difference / norm);
+}
+
+// What one head holds, by slot.
+struct Held {
+  std::vector<float> k, v, log_weight;
+  std::vector<int64_t> position;
+  bool operator==(const Held&) const = default;
+};
+
+inline Held Export(const ExpressCache& cache, const Config& c, int32_t layer, int32_t head, DeviceType device) {
+  int64_t count = 0;
+  EXPECT_OK(cache.Entries(layer, head, &count));
+  const int64_t rows = std::max<int64_t>(count, 1);
+  Mirror k({rows, c.key_dim}, c.dtype), v({rows, c.value_dim}, c.dtype), w({rows}, DType::kF32), p({rows}, DType::kI64);
+  int64_t exported = 0;
+  if (device == DeviceType::kCpu) {
+    EXPECT_OK(cache.Export(layer, head, k.Cpu(), v.Cpu(), w.Cpu().get(), p.Cpu().get(), &exported));
+    for (Mirror* m : {&k, &v, &w, &p}) m->Upload();
+  } else {
+    EXPECT_OK(cache.Export(layer, head, k.Gpu(), v.Gpu(), w.Gpu().get(), p.Gpu().get(), &exported));
+    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  }
+  EXPECT_EQ(exported, count);
+  Held held{k.Floats(), v.Floats(), w.Floats(), p.Raw<int64_t>()};
+  if (count == 0) held = Held();
+  return held;
+}
+
+inline double WeightSum(const Held& held) {
+  double sum = 0;
+  for (const float w : held.log_weight) sum += std::round(std::exp(static_cast<double>(w)));
+  return sum;
+}
+
+}  // namespace express
+
+#endif  // EXPRESS_TESTS_CUDA_TESTING_H_
