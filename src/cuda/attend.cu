@@ -22,7 +22,11 @@ constexpr int kThreads = kWarps * kWarp;
 constexpr int kTile = 16;     // keys of a warp at a time
 constexpr int kQueries = 8;   // columns of a product
 constexpr int kSplitUnit = kTile * kWarps;
-constexpr int kResident = 3;  // blocks of a multiprocessor that registers leave room for
+// Blocks of a multiprocessor, and whether the registers of so many take two tiles per warp.
+constexpr int kResident = 2;
+template <int kKeyDim, int kTiles>
+inline constexpr bool kAhead = kKeyDim <= 128 && kTiles == 1;
+constexpr int64_t kMostSplits = 64;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // Logits beyond this count as this, as on the CPU: differences must not overflow.
 constexpr float kLargestLogit = 1e38f;
@@ -102,8 +106,10 @@ struct Merged {
 };
 
 // What the warps of a block have: out (warps, rows, value_dim), not normalised, and state (warps, rows, 2) in shared memory.
-// Writes the block's partial result, or, with one split, the result; the last block merges all splits.
-__device__ void Finish(const Launch& launch, const Head& head, const float* out, const float* state, int32_t splits) {
+// Writes the block's partial result, or, with one split, the result; the last block merges all splits, with (rows, splits)
+// floats of scratch, which may be the memory of `out`.
+__device__ void Finish(const Launch& launch, const Head& head, const float* out, const float* state, int32_t splits,
+                       float* scratch) {
   const int32_t rows = launch.rows, dim = launch.args.value_dim, thread = static_cast<int32_t>(threadIdx.x);
   const auto kv_head = static_cast<int32_t>(blockIdx.y);
   const int64_t cache = blockIdx.z;
@@ -146,22 +152,36 @@ __device__ void Finish(const Launch& launch, const Head& head, const float* out,
   const auto at = [&](int32_t split, int32_t row) {
     return head.partial + (int64_t{split} * kPartialRows + row) * (dim + 2);
   };
-  if (thread < rows) {
+  // A warp per row: its splits' states, and what each split counts in the row's result.
+  float* share = scratch;  // (rows, splits)
+  for (int32_t row = thread / kWarp; row < rows; row += kWarps) {
     Merged m;
-    for (int32_t s = 0; s < splits; ++s) m.Add(__ldcg(at(s, thread) + dim), __ldcg(at(s, thread) + dim + 1));
-    merged[thread] = m;
-    StoreLse(launch, thread, cache, kv_head, m.Lse());
+    for (int32_t s = thread % kWarp; s < splits; s += kWarp) m.Add(__ldcg(at(s, row) + dim), __ldcg(at(s, row) + dim + 1));
+    const float top = WarpReduce(m.max, [](float x, float y) { return fmaxf(x, y); });
+    float sum = m.max == kMinusInfinity ? 0 : m.sum * Exp2(m.max - top);
+    sum = WarpReduce(sum, [](float x, float y) { return x + y; });
+    const Merged all{top, sum};
+    for (int32_t s = thread % kWarp; s < splits; s += kWarp) {
+      const float max = __ldcg(at(s, row) + dim);
+      share[row * splits + s] = max == kMinusInfinity ? 0 : Exp2(max - top) * all.Inverse();
+    }
+    if (thread % kWarp == 0) StoreLse(launch, row, cache, kv_head, all.Lse());
   }
   __syncthreads();
   for (int32_t i = thread; i < rows * dim; i += kThreads) {
     const int32_t row = i / dim;
+    const float* from = head.partial + row * (dim + 2) + i - row * dim;
     float sum = 0;
-#pragma unroll 4
-    for (int32_t s = 0; s < splits; ++s) {
-      const float max = __ldcg(at(s, row) + dim), x = __ldcg(at(s, row) + i - row * dim);
-      if (max != kMinusInfinity) sum += Exp2(max - merged[row].max) * x;
+    for (int32_t s = 0; s < splits; s += 8) {
+      float x[8];
+#pragma unroll
+      for (int32_t j = 0; j < 8; ++j)
+        x[j] = s + j < splits ? __ldcg(from + int64_t{s + j} * kPartialRows * (dim + 2)) : 0;
+#pragma unroll
+      for (int32_t j = 0; j < 8; ++j)
+        if (s + j < splits && share[row * splits + s + j] != 0) sum += share[row * splits + s + j] * x[j];
     }
-    StoreOut(launch, row, cache, kv_head, i - row * dim, sum * merged[row].Inverse());
+    StoreOut(launch, row, cache, kv_head, i - row * dim, sum);
   }
   if (thread == 0) *head.ticket = 0;
 }
@@ -202,14 +222,20 @@ struct WarpState {
     }
   }
 
+  // The bytes of 16 keys on their way.
+  struct Flight {
+    float weight[2];  // log weights of keys g, g + 8
+    uint4 k[2][kPieces], v[4][kGroups];
+  };
+
   // 16 keys from `first` on; own_weight: log weight of key first + lane for lanes below 16, -inf for a free slot.
-  __device__ void Tile(const T* key, const T* value, int64_t first, float own_weight, float scale, float exponent) {
-    float weight[2], value_weight[4];
+  __device__ __forceinline__ void Load(const T* key, const T* value, int64_t first, float own_weight, Flight& flight) const {
+    auto& [weight, k, v] = flight;
+    float value_weight[4];
 #pragma unroll
     for (int i = 0; i < 2; ++i) weight[i] = __shfl_sync(0xFFFFFFFFu, own_weight, g + 8 * i);
 #pragma unroll
     for (int i = 0; i < 4; ++i) value_weight[i] = __shfl_sync(0xFFFFFFFFu, own_weight, 2 * t + i % 2 + i / 2 * 8);
-    uint4 k[2][kPieces], v[4][kGroups];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const T* row = key + (first + g + 8 * i) * kKeyDim;
@@ -226,8 +252,11 @@ struct WarpState {
         v[i][p] = value_weight[i] != kMinusInfinity && HasGroup(p) ? LoadStream(row + 64 * p + 8 * g)
                                                                    : make_uint4(0, 0, 0, 0);
     }
+  }
+
+  __device__ __forceinline__ void Compute(const Flight& flight, float scale, float exponent) {
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n) Column(n, k, v, weight, scale, exponent);
+    for (int n = 0; n < kTiles; ++n) Column(n, flight.k, flight.v, flight.weight, scale, exponent);
   }
 
   __device__ __forceinline__ void Column(int n, const uint4 (&k)[2][kPieces], const uint4 (&v)[4][kGroups],
@@ -314,7 +343,7 @@ struct WarpState {
 
 // grid: (splits, KV heads, caches)
 template <class T, int kKeyDim, int kValueDim, int kTiles>
-__global__ __launch_bounds__(kThreads, kKeyDim <= 128 && kTiles == 1 ? kResident : 1) void AttendKernel(
+__global__ __launch_bounds__(kThreads, kAhead<kKeyDim, kTiles> ? kResident : 1) void AttendKernel(
     const __grid_constant__ Launch launch) {
   extern __shared__ __align__(16) float shared[];  // (warps, rows, value_dim), (warps, rows, 2)
   const AttendArgs& args = launch.args;
@@ -329,16 +358,36 @@ __global__ __launch_bounds__(kThreads, kKeyDim <= 128 && kTiles == 1 ? kResident
     return lane < kTile && first + lane < end ? head.log_weight[first + lane] : kMinusInfinity;
   };
   int64_t first = int64_t{blockIdx.x} * launch.split + warp * kTile;
-  float weight = weight_at(first);
-  for (; first < end; first += kSplitUnit) {
-    const float next = weight_at(first + kSplitUnit);
-    state.Tile(static_cast<const T*>(head.key), static_cast<const T*>(head.value), first, weight, args.scale, args.exponent);
+  float weight = weight_at(first), next = weight_at(first + kSplitUnit);
+  using State = WarpState<T, kKeyDim, kValueDim, kTiles>;
+  // The next 16 keys are on their way while these are computed; beyond the end nothing is read.
+  const auto load = [&](typename State::Flight& flight) {
+    state.Load(static_cast<const T*>(head.key), static_cast<const T*>(head.value), first, weight, flight);
+    first += kSplitUnit;
     weight = next;
+    next = weight_at(first + kSplitUnit);
+  };
+  if constexpr (kAhead<kKeyDim, kTiles>) {
+    typename State::Flight even, odd;
+    load(even);
+    while (first - kSplitUnit < end) {
+      load(odd);
+      state.Compute(even, args.scale, args.exponent);
+      if (first - kSplitUnit >= end) break;
+      load(even);
+      state.Compute(odd, args.scale, args.exponent);
+    }
+  } else {
+    typename State::Flight flight;
+    while (first < end) {
+      load(flight);
+      state.Compute(flight, args.scale, args.exponent);
+    }
   }
   float* states = shared + kWarps * launch.rows * kValueDim;
   state.Store(launch.rows, shared + warp * launch.rows * kValueDim, states + warp * launch.rows * 2);
   __syncthreads();
-  Finish(launch, head, shared, states, splits);
+  Finish(launch, head, shared, states, splits, shared);
 }
 
 // ---- f32 slabs: one key of a warp at a time, on CUDA cores ----
@@ -411,17 +460,25 @@ __global__ __launch_bounds__(kThreads) void AttendPlainKernel(const __grid_const
       if (lane + kWarp * i < args.value_dim) shared[row * args.value_dim + lane + kWarp * i] = out[r][i];
   }
   __syncthreads();
-  Finish(launch, head, shared, states, splits);
+  Finish(launch, head, shared, states, splits, shared);
 }
 
 // ---- launchers ----
 
-// Long enough that partial results are few beside the slab, short enough that all multiprocessors have work.
+// As many splits of every head as fill whole rounds of resident blocks best, few rather than many: a split costs its start
+// and a partial result.
 int32_t SplitLength(const AttendArgs& args, int32_t multiprocessors) {
-  constexpr int64_t kWaves = 3;
-  const int64_t keys = int64_t{args.caches} * args.kv_heads * args.max_capacity;
-  const int64_t even = CeilDiv(keys, kWaves * kResident * std::max(1, multiprocessors));
-  return static_cast<int32_t>(std::clamp<int64_t>(CeilDiv(even, kSplitUnit) * kSplitUnit, kSplitUnit, 64 * kSplitUnit));
+  const int64_t heads = int64_t{args.caches} * args.kv_heads, resident = int64_t{kResident} * std::max(1, multiprocessors);
+  const int64_t units = CeilDiv(args.max_capacity, kSplitUnit);
+  int64_t best = 1;
+  double best_cost = 0;
+  for (int64_t splits = 1; splits <= std::min(units, kMostSplits); ++splits) {
+    const auto rounds = static_cast<double>(CeilDiv(heads * splits, resident));
+    // In units of keys of one warp group: a block's own work, and what its beginning and end take.
+    const double cost = rounds * (static_cast<double>(CeilDiv(units, splits)) + 2.0) + 0.05 * static_cast<double>(splits);
+    if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
+  }
+  return static_cast<int32_t>(CeilDiv(units, best) * kSplitUnit);
 }
 
 template <class Kernel>
@@ -429,7 +486,9 @@ void Run(Kernel* kernel, const Launch& launch, cudaStream_t stream) {
   const AttendArgs& args = launch.args;
   const dim3 grid(static_cast<uint32_t>(std::max<int64_t>(1, CeilDiv(args.max_capacity, launch.split))),
                   static_cast<uint32_t>(args.kv_heads), static_cast<uint32_t>(args.caches));
-  const size_t shared = static_cast<size_t>(kWarps * launch.rows * (args.value_dim + 2)) * sizeof(float);
+  const int32_t splits = static_cast<int32_t>(grid.x);
+  const size_t shared =
+      static_cast<size_t>(launch.rows * std::max(kWarps * (args.value_dim + 2), splits)) * sizeof(float);
   if (shared > 44 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
   kernel<<<grid, kThreads, shared, stream>>>(launch);
@@ -469,7 +528,9 @@ bool AttendSupported(int32_t key_dim, int32_t value_dim) {
   return known && (key_dim == value_dim || (key_dim == 192 && value_dim == 128));
 }
 
-int32_t AttendMaxSplits(int32_t capacity) { return static_cast<int32_t>(CeilDiv(capacity, kSplitUnit)); }
+int32_t AttendMaxSplits(int32_t capacity) {
+  return static_cast<int32_t>(std::min(CeilDiv(capacity, kSplitUnit), kMostSplits));
+}
 
 void Attend(const AttendArgs& args, int32_t multiprocessors, cudaStream_t stream) {
   Launch launch{args, 0, 0, SplitLength(args, multiprocessors)};

@@ -1,0 +1,346 @@
+#!/usr/bin/env python3
+"""Express on an NVIDIA GPU beside PyTorch's exact attention, all in one run, with the floors measured in it.
+
+    python3 bench/cuda_table.py --library build/release/libexpress.so --out bench/results [--part prefill|decode|step|all]
+
+Prints a table and writes h200_prefill.json, h200_decode.json and h200_step.json (see bench/results/README.md). Needs PyTorch with
+scaled_dot_product_attention's FlashAttention-2 and cuDNN backends, and Triton for the read bandwidth.
+"""
+import argparse
+import ctypes as C
+import datetime
+import json
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+AUTO = -1
+CUDA = 2
+BF16, F32 = 2, 0
+FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
+
+
+class Config(C.Structure):  # express_config
+    _fields_ = (
+        [("struct_size", C.c_uint32)]
+        + [(n, C.c_int32) for n in ("layers", "query_heads", "kv_heads", "key_dim", "value_dim")]
+        + [("scale", C.c_double)]
+        + [(n, C.c_int32) for n in ("dtype", "device_type", "device_id", "first_layer", "first_kv_head", "budget_unit")]
+        + [(n, C.c_int64) for n in ("budget", "sinks", "window", "protected_entries", "rollback_reserve")]
+        + [("head_share", C.c_void_p), ("head_share_count", C.c_int64), ("head_settings", C.c_void_p),
+           ("head_settings_count", C.c_int64), ("schedule", C.c_int32), ("halving", C.c_int32)]
+        + [(n, C.c_double) for n in ("weight_exponent", "gamma", "tau", "delta", "level_fraction")]
+        + [("level_floor", C.c_int64), ("max_levels", C.c_int64), ("seed", C.c_uint64)]
+        + [(n, C.c_int32) for n in ("prefill_block", "auto_compress", "validate", "threads")]
+        + [("parallel_for", C.c_void_p), ("parallel_for_context", C.c_void_p), ("stream", C.c_void_p)])
+
+
+class Tensor(C.Structure):  # express_tensor
+    _fields_ = [("data", C.c_void_p), ("device_type", C.c_int32), ("device_id", C.c_int32), ("dtype", C.c_int32),
+                ("ndim", C.c_int32), ("shape", C.POINTER(C.c_int64)), ("strides", C.POINTER(C.c_int64))]
+
+
+class Workspace(C.Structure):
+    _fields_ = [("data", C.c_void_p), ("bytes", C.c_size_t)]
+
+
+class Express:
+    def __init__(self, path):
+        self.lib = C.CDLL(path)
+        self.lib.express_last_error.restype = C.c_char_p
+        self.lib.express_destroy.restype = None
+
+    def call(self, name, *args):
+        status = getattr(self.lib, name)(*args)
+        if status:
+            raise RuntimeError(f"{name}: {status}: {self.lib.express_last_error().decode()}")
+
+    def view(self, t):
+        shape, strides = (C.c_int64 * t.dim())(*t.shape), (C.c_int64 * t.dim())(*t.stride())
+        view = Tensor(t.data_ptr(), CUDA, t.device.index or 0, BF16 if t.dtype == torch.bfloat16 else F32, t.dim(), shape, strides)
+        view.keep = t
+        return view
+
+    def create(self, **fields):
+        config = Config()
+        self.call("express_config_init", C.byref(config), C.c_uint32(C.sizeof(Config)))
+        config.device_type, config.dtype = CUDA, BF16
+        config.stream = torch.cuda.current_stream().cuda_stream
+        for name, value in fields.items():
+            setattr(config, name, value)
+        cache = C.c_void_p()
+        self.call("express_create", C.byref(config), C.byref(cache))
+        return cache
+
+
+@triton.jit
+def read_kernel(x, out, n, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    total = tl.zeros((BLOCK,), tl.float32)
+    start = tl.program_id(0).to(tl.int64) * BLOCK * STEPS
+    for i in tl.static_range(STEPS):
+        total += tl.load(x + start + i * BLOCK + tl.arange(0, BLOCK))
+    tl.store(out + tl.program_id(0), tl.sum(total))
+
+
+def seconds(run, repeats=5, warmup=2):
+    """Median time of run() on the device."""
+    times = []
+    for i in range(warmup + repeats):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        if i >= warmup:
+            times.append(begin.elapsed_time(end) * 1e-3)
+    return statistics.median(times)
+
+
+def graph_seconds(run, repeats=30):
+    """Median time of one replay of run() captured in a graph."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            run()
+    torch.cuda.synchronize()
+    return seconds(graph.replay, repeats, 5)
+
+
+def floors():
+    n = 1 << 30
+    x, y = torch.randn(n, device="cuda"), torch.empty(n, device="cuda")
+    copy = 8 * n / seconds(lambda: y.copy_(x))
+    read = 0
+    for block, steps, warps in ((1024, 8, 4), (2048, 8, 4), (2048, 16, 8), (4096, 4, 8)):
+        out = torch.empty(n // (block * steps), device="cuda")
+        grid = (n // (block * steps),)
+        read = max(read, 4 * n / seconds(lambda: read_kernel[grid](x, out, n, BLOCK=block, STEPS=steps, num_warps=warps)))
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    matrix = 2 * 8192**3 / seconds(lambda: torch.mm(a, b), 10)
+    return {"copy_gb_s": copy / 1e9, "read_gb_s": read / 1e9, "matrix_tflops": matrix / 1e12}
+
+
+def rel_error(x, reference):
+    return ((x.float() - reference.float()).norm() / reference.float().norm()).item()
+
+
+def random_heads(n, heads, dim, seed):
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    return torch.randn(n, heads, dim, device="cuda", dtype=torch.bfloat16, generator=g)
+
+
+def prefill_rows(express, quick):
+    heads, dim, rows = 32, 128, []
+    print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method            ms  TFLOP/s  rel. error  budget block  workspace MB")
+    for n in (2048, 8192, 32768, 131072) + (() if quick else (524288,)):
+        q, k, v = (random_heads(n, heads, dim, seed) for seed in (1, 2, 3))
+        nhd = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
+        exact = None
+        for name, backend in (("flash", FLASH), ("cudnn", CUDNN)):
+            with sdpa_kernel(backend), torch.no_grad():
+                run = lambda: F.scaled_dot_product_attention(*nhd, is_causal=True)
+                time = seconds(run, 2 if n > 200000 else 5, 1)
+                out = run()[0].transpose(0, 1)
+            error = 0.0 if exact is None else rel_error(out, exact)
+            exact = out if exact is None else exact
+            flops = 2 * n * n * dim * heads
+            rows.append({"n": n, "method": name, "ms": time * 1e3, "tflops": flops / time / 1e12, "rel_error": error,
+                         "budget": None, "block": None})
+            print(f"{n:7d}  {name:12s} {time * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}")
+        for budget, block in ((1024, 256), (1024, 512), (2048, 512), (4096, 512)):
+            cache = express.create(layers=1, query_heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, budget=budget,
+                                   prefill_block=block)
+            size = C.c_size_t()
+            express.call("express_workspace_size", cache, C.c_int64(n), C.byref(size))
+            scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")
+            out = torch.full((n, heads, dim), float("nan"), device="cuda", dtype=torch.bfloat16)
+            views = [express.view(t) for t in (q, k, v, out)]
+            workspace = Workspace(scratch.data_ptr(), size.value)
+            times = []
+            for i in range(6):
+                express.call("express_reset", cache)
+                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                begin.record()
+                express.call("express_prefill", cache, C.c_int32(0), *[C.byref(t) for t in views], None, C.byref(workspace))
+                end.record()
+                end.synchronize()
+                times.append(begin.elapsed_time(end) * 1e-3)
+            time = statistics.median(times[1:])
+            # What the kernel computes: keys seen by each query, to within the block's triangle.
+            seen = sum(min(b * block, budget) * min(block, n - b * block) + min(block, n - b * block) ** 2 / 2
+                       for b in range((n + block - 1) // block))
+            flops, error = 4 * dim * heads * seen, rel_error(out, exact)
+            rows.append({"n": n, "method": "express", "ms": time * 1e3, "tflops": flops / time / 1e12, "rel_error": error,
+                         "budget": budget, "block": block, "workspace_bytes": size.value})
+            print(f"{n:7d}  express      {time * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}  {budget:6d} {block:5d} {size.value / 1e6:8.1f}")
+            express.call("express_destroy", C.byref(cache))
+        del q, k, v, nhd, exact, out
+        torch.cuda.empty_cache()
+    return rows
+
+
+def fill(express, cache, layers, budget, q_heads, kv_heads, dim, tokens):
+    size = C.c_size_t()
+    express.call("express_workspace_size", cache, C.c_int64(tokens), C.byref(size))
+    scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")
+    workspace = Workspace(scratch.data_ptr(), size.value)
+    q, k, v = random_heads(tokens, q_heads, dim, 1), random_heads(tokens, kv_heads, dim, 2), random_heads(tokens, kv_heads, dim, 3)
+    views = [express.view(t) for t in (q, k, v, torch.empty_like(q))]
+    for layer in range(layers):
+        express.call("express_prefill", cache, C.c_int32(layer), *[C.byref(t) for t in views], None, C.byref(workspace))
+    torch.cuda.synchronize()
+
+
+def decode_rows(express, read, quick):
+    q_heads, kv_heads, dim, rows = 32, 8, 128, []
+    print("\ndecode attention, 32 query / 8 KV heads, d 128, bf16\nbatch  method        entries        us    GB/s  of read")
+
+    def report(method, batch, budget, time):
+        nbytes = batch * budget * kv_heads * dim * 4
+        row = {"method": method, "batch": batch, "budget": budget, "us": time * 1e6, "slab_bytes": nbytes,
+               "fraction_of_read_bandwidth": nbytes / time / 1e9 / read}
+        rows.append(row)
+        print(f"{batch:5d}  {method:12s} {budget:8d} {time * 1e6:9.1f} {nbytes / time / 1e9:7.0f}  {row['fraction_of_read_bandwidth']:6.3f}")
+
+    for batch in (1, 16, 64, 256):
+        for budget in (512, 1024, 2048, 4096, 8192):
+            nbytes = batch * budget * kv_heads * dim * 4
+            if nbytes > 20e9 or (quick and budget not in (1024, 4096)):
+                continue
+            layers = max(1, min(32, int(600e6 // nbytes)))  # rotate beyond the L2
+            caches = (C.c_void_p * batch)()
+            stream = torch.cuda.Stream()
+            for i in range(batch):
+                caches[i] = express.create(layers=layers, query_heads=q_heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim,
+                                           budget=budget, prefill_block=256, seed=i).value
+                fill(express, C.c_void_p(caches[i]), layers, budget, q_heads, kv_heads, dim, budget + 300)
+                express.call("express_set_stream", C.c_void_p(caches[i]), C.c_void_p(stream.cuda_stream))
+            q = random_heads(batch, q_heads, dim, 5)
+            views = [express.view(t) for t in (q, torch.empty_like(q))]
+
+            def run():
+                for layer in range(layers):
+                    express.call("express_attend_batch", caches, C.c_int64(batch), C.c_int32(layer), C.byref(views[0]),
+                                 C.byref(views[1]), None)
+
+            torch.cuda.synchronize()
+            with torch.cuda.stream(stream):
+                run()
+                torch.cuda.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, stream=stream):
+                    run()
+            torch.cuda.synchronize()
+            report("express", batch, budget, seconds(graph.replay, 30, 5) / layers)
+            for i in range(batch):
+                express.call("express_destroy", C.byref(C.c_void_p(caches[i])))
+    for batch in (1, 16, 64):
+        for n in (1024, 4096, 32768, 131072):
+            nbytes = batch * n * kv_heads * dim * 4
+            if nbytes > 20e9:
+                continue
+            copies = max(1, min(32, int(600e6 // nbytes)))
+            q = torch.randn(batch, q_heads, 1, dim, device="cuda", dtype=torch.bfloat16)
+            kv = [[torch.randn(batch, kv_heads, n, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)] for _ in range(copies)]
+            for name, backend in (("cudnn", CUDNN), ("flash", FLASH)):
+                with sdpa_kernel(backend), torch.no_grad():
+                    time = graph_seconds(lambda: [F.scaled_dot_product_attention(q, k, v, enable_gqa=True) for k, v in kv])
+                report(name, batch, n, time / copies)
+            del kv
+            torch.cuda.empty_cache()
+    return rows
+
+
+def step_rows(express, quick):
+    """Append, due halvings and attend of all layers for one token, replayed from a graph."""
+    layers, q_heads, kv_heads, dim, rows = 32, 32, 8, 128, []
+    print("\nwhole decode step, 32 layers, graph replay\nbatch budget  tokens   p50 us   p99 us   max us  max/p50  halving share  MB")
+    for batch, budget in ((1, 512), (1, 1024), (1, 4096), (16, 1024)) if not quick else ((1, 512),):
+        stream = torch.cuda.Stream()
+        caches = (C.c_void_p * batch)()
+        for i in range(batch):
+            caches[i] = express.create(layers=layers, query_heads=q_heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim,
+                                       budget=budget, seed=i, stream=stream.cuda_stream).value
+        size = C.c_int64()
+        express.call("express_bytes", C.c_void_p(caches[0]), C.byref(size))
+        pool = [random_heads(64 * batch, kv_heads, dim, s).view(64, batch, kv_heads, dim) for s in (1, 2)]
+        k, v = pool[0][0].clone(), pool[1][0].clone()
+        q = random_heads(batch, q_heads, dim, 3)
+        views = [express.view(t) for t in (k, v, q, torch.empty_like(q))]
+
+        def step():
+            for layer in range(layers):
+                express.call("express_append_batch", caches, C.c_int64(batch), C.c_int32(layer), C.byref(views[0]), C.byref(views[1]))
+                express.call("express_attend_batch", caches, C.c_int64(batch), C.c_int32(layer), C.byref(views[2]), C.byref(views[3]), None)
+
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(stream):
+            step()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, stream=stream):
+                step()
+            tokens, times = min(64 * budget, 24000 if batch == 1 else 8000), []
+            prepare = 64
+            for first in range(0, tokens, prepare):
+                torch.cuda.synchronize()
+                for i in range(batch):
+                    express.call("express_step_prepare", C.c_void_p(caches[i]), C.c_int64(prepare))
+                events = []
+                for t in range(prepare):
+                    k.copy_(pool[0][t])
+                    v.copy_(pool[1][t])
+                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    begin.record()
+                    graph.replay()
+                    end.record()
+                    events.append((begin, end))
+                torch.cuda.synchronize()
+                times += [a.elapsed_time(b) * 1e3 for a, b in events]
+        full = sorted(times[budget:])  # once the budget is used
+        p50 = full[len(full) // 2]
+        row = {"batch": batch, "budget": budget, "tokens": len(times), "p50_us": p50, "p99_us": full[int(len(full) * 0.99)],
+               "max_us": full[-1], "halving_share": sum(max(0.0, t - p50) for t in full) / sum(full),
+               "cache_bytes": size.value}
+        rows.append(row)
+        print(f"{batch:5d} {budget:6d} {len(times):7d} {p50:8.1f} {row['p99_us']:8.1f} {row['max_us']:8.1f} {row['max_us'] / p50:8.2f}"
+              f" {row['halving_share']:14.4f} {size.value / 1e6:8.1f}")
+        for i in range(batch):
+            express.call("express_destroy", C.byref(C.c_void_p(caches[i])))
+    return rows
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--library", required=True)
+    parser.add_argument("--out", default="bench/results")
+    parser.add_argument("--part", default="all", choices=("all", "prefill", "decode", "step"))
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    express = Express(options.library)
+    floor = floors()
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}: copy {floor['copy_gb_s']:.0f} GB/s, read"
+          f" {floor['read_gb_s']:.0f} GB/s, bf16 matrix product {floor['matrix_tflops']:.0f} TFLOP/s")
+    parts = {"prefill": lambda: prefill_rows(express, options.quick),
+             "decode": lambda: decode_rows(express, floor["read_gb_s"], options.quick),
+             "step": lambda: step_rows(express, options.quick)}
+    for name, rows in parts.items():
+        if options.part not in ("all", name):
+            continue
+        result = {"machine": torch.cuda.get_device_name(), "date": datetime.date.today().isoformat(),
+                  "command": "python3 " + " ".join(sys.argv), **floor, "rows": rows()}
+        with open(f"{options.out}/h200_{name}.json", "w") as file:
+            json.dump(result, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
