@@ -10,6 +10,7 @@
 // (splits) through Head::partial: the last one to finish merges them in order, so equal calls give equal bits.
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "src/cuda/device.cuh"
 #include "src/cuda/kernels.h"
@@ -52,14 +53,24 @@ __device__ __forceinline__ uint32_t TransposeMatrix(uint32_t x) {
 }
 
 // Elements [at, at + 8) of a query row, in the slab's type.
+template <class T, class From>
+__device__ uint4 ConvertQuery(const From* from) {
+  float x[8];
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = ToFloat(from[i]);
+  return make_uint4(Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3]), Pack<T>(x[4], x[5]), Pack<T>(x[6], x[7]));
+}
 template <class T>
 __device__ uint4 LoadQuery(const void* row, DType dtype, int32_t at) {
-  float x[8];
-  for (int i = 0; i < 8; ++i)
-    x[i] = dtype == DType::kF32   ? static_cast<const float*>(row)[at + i]
-           : dtype == DType::kF16 ? ToFloat(static_cast<const Half*>(row)[at + i])
-                                  : ToFloat(static_cast<const BFloat16*>(row)[at + i]);
-  return make_uint4(Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3]), Pack<T>(x[4], x[5]), Pack<T>(x[6], x[7]));
+  if (dtype == DType::kF32) {
+    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(row) + at);
+    const float4 pieces[2] = {from[0], from[1]};
+    return ConvertQuery<T>(reinterpret_cast<const float*>(pieces));
+  }
+  const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const Half*>(row) + at);
+  if (dtype == (std::is_same_v<T, Half> ? DType::kF16 : DType::kBF16)) return raw;
+  if (dtype == DType::kF16) return ConvertQuery<T>(reinterpret_cast<const Half*>(&raw));
+  return ConvertQuery<T>(reinterpret_cast<const BFloat16*>(&raw));
 }
 
 __device__ const void* QueryRow(const Launch& launch, int32_t row, int64_t cache, int32_t kv_head) {

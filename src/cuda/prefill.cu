@@ -76,6 +76,8 @@ struct Flash {
   uint32_t query, stages;  // shared addresses
   float* bias;             // shared (kStages, kKeys), over the softmax scale
   int32_t far_count, far_tiles;
+  const char *key_rows, *value_rows;  // row 0 of the KV head
+  int64_t key_bytes, value_bytes;     // from row to row
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
 
   float out[kMTiles][kValueDim / 8][4];
@@ -93,44 +95,51 @@ struct Flash {
     }
   }
 
-  // Row pointers of key `j` of tile `tile`; false beyond the end.
-  __device__ __forceinline__ bool Locate(int tile, int j, const char*& key, const char*& value) const {
-    int64_t row;
-    bool valid = true;
-    if (tile < far_tiles) {
-      const int i = tile * kKeys + j;
-      valid = i < far_count;
-      row = valid ? head.far_index[job.block * head.far_capacity + i] : 0;
-      if (row < 0) {
-        key = static_cast<const char*>(head.slab_key) + (-1 - row) * (kKeyDim * 2);
-        value = static_cast<const char*>(head.slab_value) + (-1 - row) * (kValueDim * 2);
-        return true;
-      }
-    } else {
-      row = job.begin + int64_t{tile - far_tiles} * kKeys + j;
-      valid = row < job.last;
-      row = valid ? row : job.begin;
-    }
-    key = RowAt(args.k, row, job.kv_head);
-    value = RowAt(args.v, row, job.kv_head);
-    return valid;
+  // A row is copied by kTogether threads; this thread's rows of a tile are kApart apart, which keeps its place in the swizzle.
+  static constexpr int kWide = KeyLayout::kPieces > ValueLayout::kPieces ? KeyLayout::kPieces : ValueLayout::kPieces;
+  static constexpr int kTogether = kWide <= 8 ? 8 : kWide <= 16 ? 16 : 32;
+  static constexpr int kApart = kThreads / kTogether, kEach = kKeys / kApart;
+  static_assert(kApart % 8 == 0 || kApart == 4);
+
+  __device__ __forceinline__ void CopyRow(int i, int stage, const char* key, const char* value, bool valid) const {
+    const int j = thread / kTogether + i * kApart, piece = thread % kTogether;
+    if (piece < KeyLayout::kPieces) CopyAsync16(KeyStage(stage) + KeyLayout::At(j, piece), key + piece * 16, valid);
+    if (piece < ValueLayout::kPieces) CopyAsync16(ValueStage(stage) + ValueLayout::At(j, piece), value + piece * 16, valid);
   }
 
-  __device__ void LoadTile(int tile, int stage) const {
-    constexpr int kWide = KeyLayout::kPieces > ValueLayout::kPieces ? KeyLayout::kPieces : ValueLayout::kPieces;
-    constexpr int kTogether = kWide <= 8 ? 8 : kWide <= 16 ? 16 : 32;  // threads of one row
-#pragma unroll 4
-    for (int j = thread / kTogether; j < kKeys; j += kThreads / kTogether) {
-      const char *key, *value;
-      const bool valid = Locate(tile, j, key, value);
-      const int piece = thread % kTogether;
-      if (piece < KeyLayout::kPieces) CopyAsync16(KeyStage(stage) + KeyLayout::At(j, piece), key + piece * 16, valid);
-      if (piece < ValueLayout::kPieces) CopyAsync16(ValueStage(stage) + ValueLayout::At(j, piece), value + piece * 16, valid);
+  __device__ __forceinline__ void LoadFar(int tile, int stage) const {
+    const int32_t* list = head.far_index + job.block * head.far_capacity;
+    const int first = tile * kKeys + thread / kTogether;
+    int32_t index[kEach];
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) index[i] = first + i * kApart < far_count ? list[first + i * kApart] : 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool row = index[i] >= 0;
+      const int64_t at = row ? index[i] : -1 - index[i];
+      CopyRow(i, stage, (row ? key_rows : static_cast<const char*>(head.slab_key)) + at * (row ? key_bytes : kKeyDim * 2),
+              (row ? value_rows : static_cast<const char*>(head.slab_value)) + at * (row ? value_bytes : kValueDim * 2),
+              first + i * kApart < far_count);
     }
-    if (tile < far_tiles && thread < kKeys) {
+    if (thread < kKeys) {
       const int i = tile * kKeys + thread;
       bias[stage * kKeys + thread] =
           i < far_count ? head.far_bias[job.block * head.far_capacity + i] / args.scale : kMinusInfinity;
+    }
+  }
+
+  __device__ __forceinline__ void LoadTile(int tile, int stage) const {
+    if (tile < far_tiles) return LoadFar(tile, stage);
+    const int64_t first = job.begin + int64_t{tile - far_tiles} * kKeys;
+    const auto left = static_cast<int>(min(job.last - first, int64_t{kKeys})) - thread / kTogether;
+    const int64_t row = first + thread / kTogether;
+    const char *key = key_rows + row * key_bytes, *value = value_rows + row * value_bytes;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const bool valid = i * kApart < left;
+      CopyRow(i, stage, valid ? key : key_rows, valid ? value : value_rows, valid);
+      key += kApart * key_bytes;
+      value += kApart * value_bytes;
     }
   }
 
@@ -312,7 +321,11 @@ __global__ __launch_bounds__(kThreads) void PrefillKernel(const __grid_constant_
           base + static_cast<uint32_t>(F::kQueryBytes),
           reinterpret_cast<float*>(shared + F::kQueryBytes + F::kStages * F::kStageBytes),
           far_count,
-          static_cast<int32_t>(CeilDiv(far_count, kKeys))};
+          static_cast<int32_t>(CeilDiv(far_count, kKeys)),
+          RowAt(args.k, 0, job.kv_head),
+          RowAt(args.v, 0, job.kv_head),
+          args.k.row_stride * 2,
+          args.v.row_stride * 2};
   flash.Run();
 }
 

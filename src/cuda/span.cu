@@ -81,7 +81,7 @@ struct NodeRows {
 
 // One block per (halving, head). kMostCount tells the kernels for short and for long lists apart; each leaves the other's.
 template <class T, int32_t kMostCount>
-__global__ __launch_bounds__(kThreads) void HalveKernel(const __grid_constant__ SpanArgs args, int64_t begin) {
+__global__ __launch_bounds__(kThreads, kMostCount <= kShortList ? 4 : 1) void HalveKernel(const __grid_constant__ SpanArgs args, int64_t begin) {
   extern __shared__ __align__(16) char shared[];
   const SpanHalve& op = args.halves[begin + blockIdx.x];
   if ((op.count <= kShortList) != (kMostCount <= kShortList)) return;
