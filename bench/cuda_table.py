@@ -156,7 +156,7 @@ def prefill_rows(express, quick):
             rows.append({"n": n, "method": name, "ms": time * 1e3, "tflops": flops / time / 1e12, "rel_error": error,
                          "budget": None, "block": None})
             print(f"{n:7d}  {name:12s} {time * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}")
-        for budget, block in ((1024, 256), (1024, 512), (2048, 512), (4096, 512)):
+        for budget, block in ((1024, 128), (1024, 256), (1024, 512), (2048, 512), (4096, 512)):
             cache = express.create(layers=1, query_heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, budget=budget,
                                    prefill_block=block)
             size = C.c_size_t()

@@ -24,6 +24,22 @@ DeviceScope::~DeviceScope() {
   if (before_ >= 0 && before_ != device_) cudaSetDevice(before_);
 }
 
+cudaError_t SideStream::Create() {
+  int least = 0, greatest = 0;
+  cudaError_t error = cudaDeviceGetStreamPriorityRange(&least, &greatest);
+  // Its short kernels go first: attention waits for them.
+  if (error == cudaSuccess) error = cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest);
+  for (cudaEvent_t* event : {&begun, &selected[0], &selected[1], &attended[0], &attended[1]})
+    if (error == cudaSuccess) error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
+  return error;
+}
+void SideStream::Destroy() {
+  for (const cudaEvent_t event : {begun, selected[0], selected[1], attended[0], attended[1]})
+    if (event != nullptr) cudaEventDestroy(event);
+  if (stream != nullptr) cudaStreamDestroy(stream);
+  *this = SideStream();
+}
+
 namespace {
 
 Status CheckPointer(const char* name, const void* data, int32_t device_id) {
@@ -227,8 +243,10 @@ Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache)
   Arena host(static_cast<char*>(memory.host) + object), device(memory.device);
   const CudaParts parts = Layout(resolved, progress, host, device);
   auto* created = new (memory.host) CudaCache(resolved, parts, bytes, memory.device, progress, traits);
-  Status status = created->ResetData();
+  Status status = CudaError("config", created->side_.Create());
+  if (status.ok()) status = created->ResetData();
   if (!status.ok()) {
+    created->side_.Destroy();
     created->~CudaCache();
     return status;
   }
@@ -243,6 +261,7 @@ void CudaCache::Delete() {
   const DeviceScope scope(config_.device_id);
   if (device_memory_ != nullptr) {
     cudaStreamSynchronize(stream_);
+    side_.Destroy();
     cudaFree(device_memory_);
     cudaFreeHost(progress_);
   }

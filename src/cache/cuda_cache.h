@@ -40,6 +40,14 @@ struct DeviceTraits {
   int32_t compute_capability = 0;  // 90: 9.0
 };
 
+// A stream beside the caller's, for the selection of a prompt's entries, and the events that order the two.
+struct SideStream {
+  cudaStream_t stream = nullptr;
+  cudaEvent_t begun = nullptr, selected[2] = {}, attended[2] = {};
+  cudaError_t Create();
+  void Destroy();
+};
+
 // The host's side of one plan's ring.
 struct RingState {
   static constexpr int64_t kMostSteps = 256;  // records that may wait at once
@@ -138,6 +146,7 @@ class CudaCache final : public Cache {
   int32_t* progress_;  // pinned host memory (plan_count, 2), written by the device; null for a one-shot cache
   DeviceTraits traits_;
   cudaStream_t stream_;
+  SideStream side_;
   bool prepared_ = false;  // plans_saved holds the plans of before the prepared steps
 };
 

@@ -25,7 +25,9 @@ int64_t MostBudget(const Plans& plans) {
 }  // namespace
 
 PromptRun::Shape PromptRun::ShapeOf(const Config&, int64_t most_budget, int64_t tokens, int64_t block) {
-  const int64_t span = std::min(tokens, kSpan), blocks = block > 0 ? span / block + 2 : 1;
+  // Short prompts in a few spans too, so that there is something to overlap.
+  const int64_t wanted = std::max<int64_t>(2048, (tokens / 4 + 2047) / 2048 * 2048);
+  const int64_t span = block > 0 ? std::min({tokens, kSpan, (std::max(wanted, block) + block - 1) / block * block}) : std::min(tokens, kSpan), blocks = block > 0 ? span / block + 2 : 1;
   const plan::Span::Bounds bound = plan::Span::Bound(most_budget, span, blocks);
   return {span, blocks, bound.nodes, bound.samples, bound.halves, bound.list, bound.members};
 }
@@ -49,7 +51,7 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
   memory->plans = arena.Take<cuda::SpanPlan>(kv);
   memory->span_heads = arena.Take<cuda::SpanHead>(2 * kv);
   memory->admit_heads = arena.Take<cuda::AdmitHead>(kv);
-  memory->prefill_heads = arena.Take<cuda::PrefillHead>(kv);
+  memory->prefill_heads = arena.Take<cuda::PrefillHead>(2 * kv);
   memory->gather_heads = arena.Take<cuda::GatherHead>(kv);
   memory->stage_heads = arena.Take<cuda::GatherHead>(kv);
   memory->samples = arena.Take<cuda::SpanSample>(most_plans * s.samples);
@@ -77,9 +79,11 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
     for (int32_t*& values : h.values) values = arena.Take<int32_t>(s.nodes);
     h.snapshots = arena.Take<int32_t>(s.blocks * protect);
     if (attention) {
-      h.far_index = arena.Take<int32_t>(s.blocks * budget);
-      h.far_bias = arena.Take<float>(s.blocks * budget);
-      h.far_count = arena.Take<int32_t>(s.blocks);
+      for (int parity = 0; parity < 2; ++parity) {
+        h.far_index[parity] = arena.Take<int32_t>(s.blocks * budget);
+        h.far_bias[parity] = arena.Take<float>(s.blocks * budget);
+        h.far_count[parity] = arena.Take<int32_t>(s.blocks);
+      }
     }
     h.protected_index = arena.Take<int32_t>(protect);
     h.scores = arena.Take<float>(s.span);
@@ -116,7 +120,8 @@ PromptRun::PromptRun(CudaCache& cache, int32_t layer, const Input& input, const 
       first_position_(cache.LayerTokens(layer)),
       block_(queries != nullptr ? cache.config_.prefill_block : 0),
       shape_(ShapeOf(cache.config_, MostBudget(cache.plans_), input.tokens, block_)),
-      uploader_(cache.stream_) {}
+      side_(queries != nullptr ? cache.side_.stream : cache.stream_),
+      uploader_(side_) {}
 
 int32_t PromptRun::PlanOf(int32_t kv_head) const { return head(kv_head).plan - cache_.first_plan(layer_); }
 const cuda::Head& PromptRun::head(int32_t kv_head) const {
@@ -198,9 +203,9 @@ void PromptRun::Describe() {
                                      .previous = m.values[1 - parity],
                                      .snapshots = m.snapshots,
                                      .source = m.source,
-                                     .far_index = m.far_index,
-                                     .far_bias = m.far_bias,
-                                     .far_count = m.far_count,
+                                     .far_index = m.far_index[parity],
+                                     .far_bias = m.far_bias[parity],
+                                     .far_count = m.far_count[parity],
                                      .keep = m.keep,
                                      .halve_scratch = m.halve_scratch,
                                      .far_capacity = device.capacity,
@@ -210,22 +215,23 @@ void PromptRun::Describe() {
       uploader_.Add(memory_.span_heads + parity * c.kv_heads + g, &span_head, sizeof(span_head));
     }
   }
-  for (int32_t g = 0; g < c.kv_heads && block_ > 0; ++g) {
+  for (int32_t i = 0; i < 2 * c.kv_heads && block_ > 0; ++i) {
+    const int32_t parity = i / c.kv_heads, g = i % c.kv_heads;
     const HeadMemory& m = head_memory_[static_cast<size_t>(g)];
     const cuda::Head& device = head(g);
     const plan::Setting& setting = plan(PlanOf(g)).plan.setting();
     const cuda::PrefillHead prefill{.slab_key = device.key,
                                     .slab_value = device.value,
-                                    .far_index = m.far_index,
-                                    .far_bias = m.far_bias,
-                                    .far_count = m.far_count,
+                                    .far_index = m.far_index[parity],
+                                    .far_bias = m.far_bias[parity],
+                                    .far_count = m.far_count[parity],
                                     .far_capacity = device.capacity,
                                     .sinks = static_cast<int32_t>(setting.sinks),
                                     .tail = static_cast<int32_t>(setting.tail())};
-    uploader_.Add(memory_.prefill_heads + g, &prefill, sizeof(prefill));
+    uploader_.Add(memory_.prefill_heads + i, &prefill, sizeof(prefill));
   }
   uploader_.Flush();
-  cuda::AdmitBegin(memory_.admit_heads, c.kv_heads, cache_.parts_.heads + layer_ * c.kv_heads, cache_.stream_);
+  cuda::AdmitBegin(memory_.admit_heads, c.kv_heads, cache_.parts_.heads + layer_ * c.kv_heads, side_);
 }
 
 cuda::SpanArgs PromptRun::Arguments() const {
@@ -315,7 +321,7 @@ void PromptRun::LaunchAdmit(int32_t i, int64_t departures) {
                .first_position = first_position_,
                .snapshot_at = plan_memory_[static_cast<size_t>(i)].snapshot_at,
                .snapshots = static_cast<int32_t>(span_.snapshots(i).size())},
-              cache_.stream_);
+              side_);
 }
 
 // The row of the first departure that no old tail entry is, from the span's first departure on.
@@ -331,7 +337,7 @@ void PromptRun::LaunchAttention(int64_t first, int64_t tokens) {
   const Config& c = cache_.config_;
   const auto rows = [](const Array& a) { return cuda::Rows{a.data, a.stride[0], a.stride[1], a.dtype}; };
   const int64_t base = first_position_ / block_, position = first_position_ + first;
-  cuda::Prefill({.heads = memory_.prefill_heads,
+  cuda::Prefill({.heads = memory_.prefill_heads + spans_ % 2 * c.kv_heads,
                  .kv_heads = c.kv_heads,
                  .group = c.query_heads / c.kv_heads,
                  .key_dim = c.key_dim,
@@ -357,7 +363,7 @@ void PromptRun::LaunchAttention(int64_t first, int64_t tokens) {
 void PromptRun::RunSpan(int64_t first, int64_t tokens) {
   span_.Begin();
   for (int32_t i = 0; i < plan_count(); ++i) span_.Record(i, plan(i).plan, tokens, block_, cache_.plans_.operations);
-  span_.Finish();
+  span_.Finish(cuda::kSpanClasses);
   for (const plan::SpanJoin& join : span_.joins()) joined_[static_cast<size_t>(join.plan)].push_back(join.slot);
   SendSpan(first, tokens);
   uploader_.Flush();
@@ -375,15 +381,19 @@ void PromptRun::RunSpan(int64_t first, int64_t tokens) {
     uploader_.Add(memory_.departures + i, &departures, sizeof(departures));
   }
   uploader_.Flush();
-  cuda::SpanBegin(args, memory_.departures, most_budget + tokens, cache_.stream_);
-  int32_t longest = 0;
-  for (const plan::SpanHalve& halve : span_.halves()) longest = std::max(longest, halve.count);
-  for (int32_t depth = 1; depth <= span_.depths(); ++depth)
-    cuda::SpanDepth(args, span_.sample_begin(depth), span_.sample_begin(depth + 1), span_.halve_begin(depth),
-                    span_.halve_begin(depth + 1), longest, cache_.stream_);
+  cuda::SpanBegin(args, memory_.departures, most_budget + tokens, side_);
+  for (int32_t depth = 1; depth <= span_.depths(); ++depth) {
+    cuda::SpanSamples(args, span_.sample_begin(depth), span_.sample_begin(depth + 1), side_);
+    for (int32_t c = 0; c < plan::Span::kClasses; ++c)
+      cuda::SpanHalvings(args, span_.halve_begin(depth, c), span_.halve_begin(depth, c + 1), c, side_);
+  }
   if (block_ > 0) {
-    cuda::SpanFar(args, static_cast<int32_t>(span_.snapshots(0).size()), cache_.stream_);
+    // The attention of two spans ago has read the lists that are written now.
+    if (spans_ >= 2) cudaStreamWaitEvent(side_, cache_.side_.attended[spans_ % 2], 0);
+    cuda::SpanFar(args, static_cast<int32_t>(span_.snapshots(0).size()), side_);
+    Follow(side_, cache_.side_.selected[spans_ % 2], cache_.stream_);
     LaunchAttention(first, tokens);
+    cudaEventRecord(cache_.side_.attended[spans_ % 2], cache_.stream_);
   }
   for (int32_t i = 0; i < plan_count(); ++i) {
     const std::vector<int32_t>& nodes = span_.slot_nodes(i);
@@ -394,7 +404,16 @@ void PromptRun::RunSpan(int64_t first, int64_t tokens) {
   ++spans_;
 }
 
+// `later` goes on only after all that `earlier` has now.
+void PromptRun::Follow(cudaStream_t earlier, cudaEvent_t event, cudaStream_t later) const {
+  if (earlier == later) return;
+  cudaEventRecord(event, earlier);
+  cudaStreamWaitEvent(later, event, 0);
+}
+
+// What is selected for one span is computed beside the attention of the span before.
 Status PromptRun::Run() {
+  Follow(cache_.stream_, cache_.side_.begun, side_);
   Describe();
   for (int64_t first = 0; first < input_.tokens;) {
     int64_t last = std::min(first + shape_.span, input_.tokens);
@@ -403,6 +422,9 @@ Status PromptRun::Run() {
     RunSpan(first, last - first);
     first = last;
   }
+  Follow(side_, cache_.side_.begun, cache_.stream_);
+  side_ = cache_.stream_;
+  uploader_.SetStream(side_);
   return Store();
 }
 

@@ -42,7 +42,7 @@ class PromptRun {
     cuda::SpanPlan* plans;        // (plan_count)
     cuda::SpanHead* span_heads;   // (2, kv_heads): by the parity of the span
     cuda::AdmitHead* admit_heads;  // (kv_heads), by plan
-    cuda::PrefillHead* prefill_heads;  // (kv_heads)
+    cuda::PrefillHead* prefill_heads;  // (2, kv_heads): by parity
     cuda::GatherHead* gather_heads;    // (kv_heads)
     cuda::GatherHead* stage_heads;     // (kv_heads)
     cuda::SpanSample* samples;
@@ -59,8 +59,8 @@ class PromptRun {
     cuda::SpanBlock* blocks;
   };
   struct HeadMemory {
-    int32_t *values[2], *snapshots, *far_index, *far_count, *protected_index, *index, *to;
-    float *far_bias, *scores, *run_means;
+    int32_t *values[2], *snapshots, *far_index[2], *far_count[2], *protected_index, *index, *to;
+    float *far_bias[2], *scores, *run_means;
     int32_t *source, *stage_index;
     uint8_t* keep;
     char *halve_scratch, *stage_key, *stage_value;
@@ -79,6 +79,7 @@ class PromptRun {
   void LaunchAdmit(int32_t plan, int64_t departures);
   void LaunchAttention(int64_t first, int64_t tokens);
   cuda::SpanArgs Arguments() const;
+  void Follow(cudaStream_t earlier, cudaEvent_t event, cudaStream_t later) const;
   int64_t FirstRow(int32_t plan) const;
   Status Store();
   void ListEntries(int32_t plan);
@@ -97,6 +98,7 @@ class PromptRun {
   Memory memory_{};
   std::vector<PlanMemory> plan_memory_;
   std::vector<HeadMemory> head_memory_;
+  cudaStream_t side_;  // where entries are selected
   cuda::Uploader uploader_;
   plan::Span span_;
   int64_t spans_ = 0;  // done

@@ -91,6 +91,7 @@ struct UploadSegment {
 class Uploader {
  public:
   explicit Uploader(cudaStream_t stream) : stream_(stream) {}
+  void SetStream(cudaStream_t stream) { stream_ = stream; }  // after Flush
   void Add(void* to, const void* from, size_t bytes);
   void Flush();
 
@@ -202,10 +203,11 @@ struct SpanDepartures {
 // Values of the slots, and of the departures where nothing is protected. departures: (plan_count), device memory; at most
 // `most_values` of both for any plan.
 void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int64_t most_values, cudaStream_t stream);
-// Samples [sample_begin, sample_end) and halvings [halve_begin, halve_end), which must not depend on each other.
-// `longest`: bound on the lists among them.
-void SpanDepth(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, int64_t halve_begin, int64_t halve_end,
-               int32_t longest, cudaStream_t stream);
+// Samples [sample_begin, sample_end).
+void SpanSamples(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, cudaStream_t stream);
+// Halvings [begin, end), all of one class: up to kSpanClasses[c] entries, class 3 more. None may depend on another.
+inline constexpr int32_t kSpanClasses[3] = {2, 16, 64};
+void SpanHalvings(const SpanArgs& args, int64_t begin, int64_t end, int32_t length_class, cudaStream_t stream);
 // The far lists of blocks [0, blocks).
 void SpanFar(const SpanArgs& args, int32_t blocks, cudaStream_t stream);
 

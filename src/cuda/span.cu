@@ -12,7 +12,7 @@ __host__ __device__ size_t SpanScratch(int64_t list) { return static_cast<size_t
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int32_t kShortList = 2 * halve::kMostPairs;
+static_assert(kSpanClasses[2] == 2 * halve::kMostPairs);
 
 // The head that block (.., y) works for, or null: plans have different numbers of heads.
 __device__ const SpanHead* HeadOf(const SpanArgs& args, int32_t plan, int32_t y) {
@@ -79,21 +79,33 @@ struct NodeRows {
   }
 };
 
-// One block per (halving, head). kMostCount tells the kernels for short and for long lists apart; each leaves the other's.
-template <class T, int32_t kMostCount>
-__global__ __launch_bounds__(kThreads, kMostCount <= kShortList ? 4 : 1) void HalveKernel(const __grid_constant__ SpanArgs args, int64_t begin) {
+// Lists of two are coins: one thread per (halving, head).
+__global__ void CoinKernel(const __grid_constant__ SpanArgs args, int64_t begin, int64_t end) {
+  const int64_t index = begin + int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (index >= end) return;
+  const SpanHalve& op = args.halves[index];
+  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
+  if (head == nullptr) return;
+  const auto number = static_cast<uint64_t>(op.number);
+  const bool y = UniformFromBits(DrawBits(head->stream, RandomPurpose::kHalve, number, 0)) < 0.5f;
+  const bool complement = UniformFromBits(DrawBits(head->stream, RandomPurpose::kComplement, number, 0)) < 0.5f;
+  head->values[op.out] = head->values[args.list[op.begin + (y != complement ? 1 : 0)]];
+}
+
+// One block per (halving, head). Few threads for short lists: there are very many of them.
+template <class T, int kBlock, int kResident, int32_t kMostCount>
+__global__ __launch_bounds__(kBlock, kResident) void HalveKernel(const __grid_constant__ SpanArgs args, int64_t begin) {
   extern __shared__ __align__(16) char shared[];
   const SpanHalve& op = args.halves[begin + blockIdx.x];
-  if ((op.count <= kShortList) != (kMostCount <= kShortList)) return;
   const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
   if (head == nullptr) return;
   const int32_t* nodes = args.list + op.begin;
   const NodeRows<T> rows{args, *head, nodes, static_cast<int32_t>(head - args.heads)};
   uint8_t* keep = head->keep + op.begin / 2;
-  HalveList<T, kThreads, kMostCount>(rows, op.count, args.key_dim, args.value_dim, args.halve, head->stream,
-                                     static_cast<uint64_t>(op.number), head->halve_scratch + SpanScratch(op.begin),
-                                     shared, keep);
-  for (int32_t a = static_cast<int32_t>(threadIdx.x); a < op.count / 2; a += kThreads)
+  HalveList<T, kBlock, kMostCount>(rows, op.count, args.key_dim, args.value_dim, args.halve, head->stream,
+                                   static_cast<uint64_t>(op.number), head->halve_scratch + SpanScratch(op.begin), shared,
+                                   keep);
+  for (int32_t a = static_cast<int32_t>(threadIdx.x); a < op.count / 2; a += kBlock)
     head->values[op.out + a] = head->values[nodes[2 * a + (keep[a] != 0 ? 1 : 0)]];
 }
 
@@ -203,22 +215,31 @@ void SpanStore(const SpanStorePlan* plans, const SpanStoreHead* heads, int32_t k
   StoreKernel<<<grid, 256, 0, stream>>>(plans, heads);
 }
 
-void SpanDepth(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, int64_t halve_begin, int64_t halve_end,
-               int32_t longest, cudaStream_t stream) {
+void SpanSamples(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, cudaStream_t stream) {
+  if (sample_end == sample_begin) return;
+  const dim3 grid(static_cast<uint32_t>(CeilDiv((sample_end - sample_begin) * kWarp, kThreads)),
+                  static_cast<uint32_t>(args.most_heads));
+  SampleKernel<<<grid, kThreads, 0, stream>>>(args, sample_begin, sample_end);
+}
+
+void SpanHalvings(const SpanArgs& args, int64_t begin, int64_t end, int32_t length_class, cudaStream_t stream) {
+  if (end == begin) return;
   const auto heads = static_cast<uint32_t>(args.most_heads);
-  if (sample_end > sample_begin) {
-    const dim3 grid(static_cast<uint32_t>(CeilDiv((sample_end - sample_begin) * kWarp, kThreads)), heads);
-    SampleKernel<<<grid, kThreads, 0, stream>>>(args, sample_begin, sample_end);
+  if (length_class == 0) {
+    const dim3 grid(static_cast<uint32_t>(CeilDiv(end - begin, kThreads)), heads);
+    CoinKernel<<<grid, kThreads, 0, stream>>>(args, begin, end);
+    return;
   }
-  if (halve_end == halve_begin) return;
   WithType(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const dim3 grid(static_cast<uint32_t>(halve_end - halve_begin), heads);
-    const size_t few = HalveSharedBytes<T>(args.key_dim, args.value_dim, kShortList);
-    HalveKernel<T, kShortList><<<grid, kThreads, few, stream>>>(args, halve_begin);
-    if (longest <= kShortList) return;
-    const size_t many = HalveSharedBytes<T>(args.key_dim, args.value_dim);
-    HalveKernel<T, INT32_MAX><<<grid, kThreads, many, stream>>>(args, halve_begin);
+    const dim3 grid(static_cast<uint32_t>(end - begin), heads);
+    const auto shared = [&](int32_t count) { return HalveSharedBytes<T>(args.key_dim, args.value_dim, count); };
+    if (length_class == 1)
+      HalveKernel<T, 64, 8, kSpanClasses[2]><<<grid, 64, shared(kSpanClasses[2]), stream>>>(args, begin);
+    else if (length_class == 2)
+      HalveKernel<T, 128, 4, kSpanClasses[2]><<<grid, 128, shared(kSpanClasses[2]), stream>>>(args, begin);
+    else
+      HalveKernel<T, 128, 1, INT32_MAX><<<grid, 128, shared(INT32_MAX), stream>>>(args, begin);
   });
 }
 

@@ -2,19 +2,20 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 
 namespace express::plan {
 namespace {
 
-// Stable counting sort by depth; begins[d] is where depth d begins, begins[depths + 1] the end.
-template <class T>
-void SortByDepth(const std::vector<T>& from, int32_t depths, std::vector<T>& to, std::vector<int64_t>& begins) {
-  begins.assign(static_cast<size_t>(depths) + 2, 0);
-  for (const T& item : from) ++begins[static_cast<size_t>(item.depth) + 1];
-  for (size_t d = 1; d < begins.size(); ++d) begins[d] += begins[d - 1];
+// Stable counting sort by key(item) in [0, keys); begins[k] is where key k begins, begins[keys] the end.
+template <class T, class Key>
+void SortBy(const std::vector<T>& from, int32_t keys, const Key& key, std::vector<T>& to, std::vector<int64_t>& begins) {
+  begins.assign(static_cast<size_t>(keys) + 1, 0);
+  for (const T& item : from) ++begins[static_cast<size_t>(key(item)) + 1];
+  for (size_t k = 1; k < begins.size(); ++k) begins[k] += begins[k - 1];
   to.resize(from.size());
   std::vector<int64_t> at(begins.begin(), begins.end() - 1);
-  for (const T& item : from) to[static_cast<size_t>(at[static_cast<size_t>(item.depth)]++)] = item;
+  for (const T& item : from) to[static_cast<size_t>(at[static_cast<size_t>(key(item))]++)] = item;
 }
 
 }  // namespace
@@ -179,9 +180,14 @@ void Span::Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Oper
   }
 }
 
-void Span::Finish() {
-  SortByDepth(samples_, depths_, sorted_samples_, sample_begin_);
-  SortByDepth(halves_, depths_, sorted_halves_, halve_begin_);
+void Span::Finish(const int32_t (&bounds)[kClasses - 1]) {
+  const auto length_class = [&](int32_t count) {
+    return static_cast<int32_t>(std::lower_bound(std::begin(bounds), std::end(bounds), count) - std::begin(bounds));
+  };
+  SortBy(samples_, depths_ + 1, [](const SpanSample& s) { return s.depth; }, sorted_samples_, sample_begin_);
+  SortBy(
+      halves_, (depths_ + 1) * kClasses,
+      [&](const SpanHalve& h) { return h.depth * kClasses + length_class(h.count); }, sorted_halves_, halve_begin_);
   samples_.swap(sorted_samples_);
   halves_.swap(sorted_halves_);
 }

@@ -63,14 +63,18 @@ class Span {
   // Records `tokens` tokens of plans[plan], with a snapshot before each token whose position is a multiple of `block`
   // (none if block is 0) and before the first. `operations` has room for one token.
   void Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Operations& operations);
-  // Once every plan is recorded: orders samples and halvings by depth.
-  void Finish();
+  // Once every plan is recorded: orders samples by depth, and halvings by depth and then by the class of their length: class c
+  // has lists longer than bounds[c - 1] and up to bounds[c].
+  static constexpr int32_t kClasses = 4;
+  void Finish(const int32_t (&bounds)[kClasses - 1]);
 
   int32_t depths() const { return depths_; }  // depths are 1 .. depths
-  // Samples of depth d are [sample_begin(d), sample_begin(d + 1)), likewise halvings; halvings of two entries come first, up to
-  // halve_long(d).
+  // Samples of depth d are [sample_begin(d), sample_begin(d + 1)); halvings of depth d and class c begin at halve_begin(d, c),
+  // where those of (d, c - 1) end; class kClasses is the end.
   int64_t sample_begin(int32_t depth) const { return sample_begin_[static_cast<size_t>(depth)]; }
-  int64_t halve_begin(int32_t depth) const { return halve_begin_[static_cast<size_t>(depth)]; }
+  int64_t halve_begin(int32_t depth, int32_t length_class) const {
+    return halve_begin_[static_cast<size_t>(depth * kClasses + length_class)];
+  }
 
   const std::vector<SpanSample>& samples() const { return samples_; }
   const std::vector<SpanHalve>& halves() const { return halves_; }
