@@ -2,8 +2,8 @@
 //
 // Means of runs and scores do not depend on choices: blocks share the departures out among themselves, and every key
 // is read once (and the run before a block's own once more, for its mean). What is left, who beats the weakest, goes in
-// order; but once the set is full few departures beat it. So one warp per head looks at many scores at a time and
-// stops only at those.
+// order; but once the set is full few departures beat it. So a block per head looks at many scores at a time, and one
+// of its warps takes those that stand out, with the weakest entries sorted in its registers.
 #include <algorithm>
 #include <limits>
 
@@ -47,7 +47,9 @@ class Scorer {
         mean_(reinterpret_cast<float*>(memory)),
         sum_(mean_ + args.key_dim),
         tiles_(reinterpret_cast<char*>(sum_ + args.key_dim)),
-        pieces_(args.key_dim * static_cast<int32_t>(sizeof(T)) / 16) {}
+        pieces_(args.key_dim * static_cast<int32_t>(sizeof(T)) / 16),
+        first_row_(static_cast<int32_t>(threadIdx.x) / pieces_),
+        first_piece_(static_cast<int32_t>(threadIdx.x) % pieces_) {}
 
   // Runs [run, run + shape.runs) of the stream, as far as the call goes.
   __device__ void Score(int64_t run) const {
@@ -85,10 +87,22 @@ class Scorer {
   }
 
  private:
+  struct alignas(2 * sizeof(T)) Two {
+    T first, second;
+  };
+  template <class X, int kCount>
+  struct alignas(16) Pack16 {
+    X x[kCount];
+  };
+
+  // Those threads that Add has sum these dimensions.
   template <class Body>
   __device__ void ForDimensions(const Body& body) const {
     if (thread_ >= kSummers) return;
-    for (int32_t d = thread_; d < args_.key_dim; d += kSummers) body(d);
+    for (int32_t d = 2 * thread_; d < args_.key_dim; d += 2 * kSummers) {
+      body(d);
+      body(d + 1);
+    }
   }
 
   // The mean of the exact tail, which is what departs first.
@@ -123,15 +137,26 @@ class Scorer {
   __device__ void Load(int64_t begin, int64_t end, int buffer) const {
     const auto rows = static_cast<int32_t>(end - begin);
     const uint32_t tile = SharedAddress(Tile(buffer));
-    int32_t piece = thread_ % pieces_;
-    for (int32_t row = thread_ / pieces_; row < rows;) {
-      const char* key = Key(DepartureIndex(args_, head_, begin - args_.first + row));
-      CopyAsync16(tile + static_cast<uint32_t>(row * shape_.stride + piece * 16), key + piece * 16);
+    const int64_t i = begin - args_.first;
+    if (i >= args_.source_count) {
+      const char* first = Key(args_.first_row + i - args_.source_count);
+      const int64_t stride = args_.k.row_stride * static_cast<int64_t>(sizeof(T));
+      LoadRows(rows, tile, [&](int32_t row) { return first + row * stride; });
+    } else {
+      LoadRows(rows, tile, [&](int32_t row) { return Key(DepartureIndex(args_, head_, i + row)); });
+    }
+    CopyAsyncCommit();
+  }
+  template <class KeyOf>
+  __device__ void LoadRows(int32_t rows, uint32_t tile, const KeyOf& key_of) const {
+    int32_t piece = first_piece_;
+#pragma unroll 4
+    for (int32_t row = first_row_; row < rows;) {
+      CopyAsync16(tile + static_cast<uint32_t>(row * shape_.stride + piece * 16), key_of(row) + piece * 16);
       row += kThreads / pieces_;
       piece += kThreads % pieces_;
       if (piece >= pieces_) piece -= pieces_, ++row;
     }
-    CopyAsyncCommit();
   }
   __device__ const char* Key(int64_t index) const {
     const T* key = index < 0 ? static_cast<const T*>(head_.slab_key) + (-1 - index) * args_.key_dim
@@ -142,13 +167,17 @@ class Scorer {
 
   // One addition per key and dimension, in the order of departure.
   __device__ void Add(const char* tile, int32_t count) const {
-    for (int32_t d = thread_; d < args_.key_dim; d += kSummers) {
+    for (int32_t d = 2 * thread_; d < args_.key_dim; d += 2 * kSummers) {
       const char* at = tile + d * static_cast<int32_t>(sizeof(T));
-      float sum = sum_[d];
-#pragma unroll 8
-      for (int32_t j = 0; j < count; ++j, at += shape_.stride)
-        sum = __fadd_rn(sum, ToFloat(*reinterpret_cast<const T*>(at)));
-      sum_[d] = sum;
+      float first = sum_[d], second = sum_[d + 1];
+#pragma unroll 16
+      for (int32_t j = 0; j < count; ++j) {
+        const Two two = *reinterpret_cast<const Two*>(at + j * shape_.stride);
+        first = __fadd_rn(first, ToFloat(two.first));
+        second = __fadd_rn(second, ToFloat(two.second));
+      }
+      sum_[d] = first;
+      sum_[d + 1] = second;
     }
   }
 
@@ -159,11 +188,13 @@ class Scorer {
     float score = 0;
 #pragma unroll 4
     for (int32_t p = 0; p < pieces_; ++p) {
-      const uint4 raw = *reinterpret_cast<const uint4*>(key + p * 16);
-      const T* x = reinterpret_cast<const T*>(&raw);
+      const auto x = *reinterpret_cast<const Pack16<T, kPiece>*>(key + p * 16);
+      const auto mean = *reinterpret_cast<const Pack16<float4, kPiece / 4>*>(mean_ + p * kPiece);
 #pragma unroll
       for (int j = 0; j < kPiece; ++j) {
-        const float centred = __fsub_rn(ToFloat(x[j]), mean_[p * kPiece + j]);
+        const float4& four = mean.x[j / 4];
+        const float centre = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+        const float centred = __fsub_rn(ToFloat(x.x[j]), centre);
         score = __fadd_rn(score, __fmul_rn(centred, centred));
       }
     }
@@ -178,6 +209,7 @@ class Scorer {
   float* sum_;   // (key_dim), shared
   char* tiles_;  // (2, tile, stride), shared
   int32_t pieces_;  // of 16 bytes, of a key
+  int32_t first_row_, first_piece_;  // of a tile, that this thread copies
   const int32_t thread_ = static_cast<int32_t>(threadIdx.x);
 };
 
@@ -190,64 +222,111 @@ __global__ __launch_bounds__(kThreads, 3) void ScoreKernel(const __grid_constant
 
 // ---- selection ----
 
-constexpr int kStage = 1024;  // scores that are fetched at a time
-constexpr int kStages = 4;    // of which so many are on their way or in hand
-constexpr int kQuads = kStage / (4 * kWarp);
-constexpr int32_t kMostShared = 10 * 1024;  // protected entries that find room in shared memory
+constexpr int kSelectThreads = 256;
+constexpr int kSelectWarps = kSelectThreads / kWarp;
+constexpr int kStage = 4096;  // scores that are fetched at a time
+constexpr int kStages = 3;    // of which so many are on their way or in hand
+constexpr int kQuads = kStage / (4 * kSelectThreads);
+constexpr int kGroup = 4 * kWarp;  // scores that a warp looks at together
+constexpr int kHeld = 8;
+constexpr int kSorted = kHeld * kWarp;     // weakest entries that are kept sorted
+constexpr int32_t kMostShared = 5 * 1024;  // protected entries that find room in shared memory
+constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();
 
-// A protected entry as a candidate for the weakest. No score is negative, so their bits are ordered as they are.
-struct Candidate {
-  uint32_t bits = std::numeric_limits<uint32_t>::max();
-  int32_t at = -1;  // -1: none
+// The weakest entries of a protected set in the registers of one warp, the weakest first: those that a departure can
+// drive out next. Held are all entries up to a bound; when the last of them has gone, it must be filled anew. No score
+// is negative, so their bits are ordered as they are.
+class Weakest {
+ public:
+  __device__ float score() const { return __uint_as_float(lowest_); }
+  __device__ int32_t at() const { return lowest_at_; }
+  __device__ bool empty() const { return lowest_ == kNone; }
+
+  // Sorted entries; all others are at least as strong as an entry of score `bound`.
+  __device__ void Fill(const uint32_t* bits, const int32_t* at, int32_t count, uint32_t bound) {
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) {
+      const int32_t i = Lane() * kHeld + r;
+      bits_[r] = i < count ? bits[i] : kNone;
+      at_[r] = i < count ? at[i] : 0;
+    }
+    bound_ = bound;
+    Look();
+  }
+
+  // The weakest's place is taken by an entry of this higher score. It is the youngest of all: weaker than its equals.
+  __device__ void Replace(float score) {
+    const uint32_t bits = __float_as_uint(score) > bound_ ? kNone : __float_as_uint(score);
+    const uint32_t shifted = __shfl_down_sync(kAll, bits_[0], 1);
+    const uint32_t next = Lane() == kWarp - 1 ? kNone : shifted;
+    const int32_t next_at = __shfl_down_sync(kAll, at_[0], 1);
+#pragma unroll
+    for (int r = 0; r < kHeld; ++r) {
+      const uint32_t after = r + 1 < kHeld ? bits_[(r + 1) % kHeld] : next;
+      const int32_t after_at = r + 1 < kHeld ? at_[(r + 1) % kHeld] : next_at;
+      const bool passed = after < bits, here = bits_[r] < bits;
+      at_[r] = passed ? after_at : here ? lowest_at_ : at_[r];
+      bits_[r] = passed ? after : here ? bits : bits_[r];
+    }
+    Look();
+  }
+
+ private:
+  __device__ static int32_t Lane() { return static_cast<int32_t>(threadIdx.x) % kWarp; }
+  __device__ void Look() {
+    lowest_ = __shfl_sync(kAll, bits_[0], 0);
+    lowest_at_ = __shfl_sync(kAll, at_[0], 0);
+  }
+
+  uint32_t bits_[kHeld];  // of entry kHeld * lane + r in order; kNone: none
+  int32_t at_[kHeld];     // which protected entry
+  uint32_t bound_, lowest_ = kNone;
+  int32_t lowest_at_ = 0;
 };
 
-constexpr int64_t kNoPosition = std::numeric_limits<int64_t>::min();
+struct SelectionMemory {  // shared
+  uint32_t list_bits[kSorted], sorted_bits[kSorted];
+  int32_t list_at[kSorted], sorted_at[kSorted];
+  int32_t sums[2][kSelectWarps];
+  int32_t listed;
+  uint32_t group_above[kStage / kGroup];
+  float weakest_score;
+  int64_t done;  // departures, by warp 0
+};
 
-// The lane with the largest position. Rarely called: not worth its code in every place.
-__device__ __noinline__ int LatestLane(int64_t position) {
-  int winner = static_cast<int>(threadIdx.x) % kWarp;
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    const int64_t other = __shfl_xor_sync(kAll, position, offset);
-    const int whose = __shfl_xor_sync(kAll, winner, offset);
-    if (other > position || (other == position && whose < winner)) position = other, winner = whose;
-  }
-  return winner;
-}
-
-// The protected set of one head. Lane g knows the weakest of segment g, a 32nd of the entries; so a replacement looks
-// at one segment and at what the lanes know.
+// The protected set of one head, by all threads of a block; only warp 0 replaces entries.
 class Selection {
  public:
-  __device__ Selection(const AdmitArgs& args, const AdmitHead& head, float* score, int32_t* entry)
-      : args_(args), head_(head), score_(score), entry_(entry), segment_((args.protect + kWarp - 1) / kWarp) {}
+  __device__ Selection(const AdmitArgs& args, const AdmitHead& head, SelectionMemory& memory, float* score,
+                       int32_t* entry)
+      : args_(args), head_(head), memory_(memory), score_(score), entry_(entry) {}
 
   __device__ int32_t room() const { return args_.protect - count_; }
-  __device__ float weakest_score() const { return __uint_as_float(weakest_.bits); }
 
   __device__ void Load() {
     const int32_t count = head_.protected_count[0];
-    for (int32_t i = lane_; i < count; i += kWarp) {
+    for (int32_t i = thread_; i < count; i += kSelectThreads) {
       entry_[i] = head_.protected_index[i];
       score_[i] = head_.score[i];
     }
     Grow(count);
   }
   __device__ void Store() const {
-    for (int32_t i = lane_; i < count_; i += kWarp) {
+    for (int32_t i = thread_; i < count_; i += kSelectThreads) {
       head_.protected_index[i] = entry_[i];
       head_.score[i] = score_[i];
     }
-    if (lane_ != 0) return;
+    if (thread_ != 0) return;
     head_.protected_count[0] = count_;
-    head_.protected_count[1] = room() == 0 ? weakest_.at : 0;
+    head_.protected_count[1] = room() == 0 ? weakest_.at() : 0;
   }
   __device__ void Snapshot(int32_t* to) const {
-    for (int32_t i = lane_; i < count_; i += kWarp) to[i] = entry_[i];
+    for (int32_t i = thread_; i < count_; i += kSelectThreads) to[i] = entry_[i];
   }
 
   // Departures i .. i + count - 1 join; there is room.
   __device__ void Join(int64_t i, int32_t count, const float* scores) {
-    for (int32_t j = lane_; j < count; j += kWarp) {
+    for (int32_t j = thread_; j < count; j += kSelectThreads) {
       entry_[count_ + j] = DepartureIndex(args_, head_, i + j);
       score_[count_ + j] = scores[j];
       head_.loser[i + j] = kSkip;
@@ -255,82 +334,168 @@ class Selection {
     Grow(count);
   }
 
-  // Departures i + 4 lane .. i + 4 lane + 3 of every lane, lane after lane. A negative score stands for none.
-  __device__ void Compete(int64_t i, const float4& score) {
-    const float most = fmaxf(fmaxf(score.x, score.y), fmaxf(score.z, score.w));
-    uint32_t above = __ballot_sync(kAll, most > weakest_score());
-    while (above != 0) {
-      const int source = __ffs(static_cast<int>(above)) - 1;
-      const float four[4] = {__shfl_sync(kAll, score.x, source), __shfl_sync(kAll, score.y, source),
-                             __shfl_sync(kAll, score.z, source), __shfl_sync(kAll, score.w, source)};
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        if (four[j] > weakest_score()) Replace(i + 4 * source + j, four[j]);
-      above = __ballot_sync(kAll, most > weakest_score()) & (0xFFFFFFFEu << source);  // the weakest only gets stronger
+  // Departures [begin, end) of the call, which lie in the stage from `stage_begin` on, compete with the full set.
+  __device__ void Compete(int64_t stage_begin, const float* stage, int64_t begin, int64_t end) {
+    if (!AnyAbove(stage)) return;
+    for (int64_t at = begin; at < end;) {
+      if (thread_ < kWarp) {
+        const int64_t done = CompeteInOrder(stage_begin, stage, at, end);
+        if (thread_ == 0) memory_.done = done, memory_.weakest_score = weakest_.score();
+      }
+      __syncthreads();
+      at = memory_.done;
+      if (isnan(memory_.weakest_score)) FillWeakest();
     }
   }
 
  private:
   __device__ int64_t Position(int32_t at) const {
-    if (at < 0) return kNoPosition;
     const int32_t index = entry_[at];
     return index < 0 ? head_.slab_position[-1 - index] : args_.first_position + index;
   }
 
   __device__ void Grow(int32_t count) {
     count_ += count;
-    __syncwarp();
-    if (room() > 0) return;
-    for (int32_t g = 0; g < kWarp; ++g) LookAt(g);
-    FindWeakest();
+    __syncthreads();
+    if (room() == 0) FillWeakest();
   }
 
-  // Lane g learns the weakest of segment g.
-  __device__ void LookAt(int32_t g) {
-    Candidate own;
-    const int32_t end = min((g + 1) * segment_, args_.protect);
-    for (int32_t i = g * segment_ + lane_; i < end; i += kWarp) {
+  // Which groups of the stage hold a score that beats the weakest of now: in others there is nothing to choose.
+  __device__ bool AnyAbove(const float* stage) const {
+    const auto* quads = reinterpret_cast<const float4*>(stage) + thread_;
+    const float weakest = memory_.weakest_score;
+    bool any = false;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const float4 s = quads[q * kSelectThreads];
+      const bool above = fmaxf(fmaxf(s.x, s.y), fmaxf(s.z, s.w)) > weakest;
+      const uint32_t lanes = __ballot_sync(kAll, above);
+      if (thread_ % kWarp == 0) memory_.group_above[q * kSelectWarps + thread_ / kWarp] = lanes;
+      any |= lanes != 0;
+    }
+    return __syncthreads_or(any);
+  }
+
+  // By warp 0: one departure after the other, up to `end` or until none of the weakest is left. Returns how far it came.
+  __device__ int64_t CompeteInOrder(int64_t stage_begin, const float* stage, int64_t begin, int64_t end) {
+    static_assert(kStage / kGroup == kWarp);
+    for (uint32_t groups = __ballot_sync(kAll, memory_.group_above[thread_] != 0); groups != 0; groups &= groups - 1) {
+      const int group = __ffs(static_cast<int>(groups)) - 1;
+      const int64_t i = stage_begin + group * kGroup, own = i + 4 * thread_;
+      float4 s = reinterpret_cast<const float4*>(stage)[group * kWarp + thread_];
+      if (own < begin || own >= end) s.x = -1;
+      if (own + 1 < begin || own + 1 >= end) s.y = -1;
+      if (own + 2 < begin || own + 2 >= end) s.z = -1;
+      if (own + 3 < begin || own + 3 >= end) s.w = -1;
+      const int last = CompeteGroup(i, s);
+      if (last >= 0) return i + last + 1;
+    }
+    return end;
+  }
+
+  // Four departures of every lane, lane after lane. Returns which one drove out the last of the weakest, or -1.
+  __device__ int CompeteGroup(int64_t i, const float4& score) {
+    const float most = fmaxf(fmaxf(score.x, score.y), fmaxf(score.z, score.w));
+    uint32_t above = __ballot_sync(kAll, most > weakest_.score());
+    while (above != 0) {
+      const int source = __ffs(static_cast<int>(above)) - 1;
+      const float four[4] = {__shfl_sync(kAll, score.x, source), __shfl_sync(kAll, score.y, source),
+                             __shfl_sync(kAll, score.z, source), __shfl_sync(kAll, score.w, source)};
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (!(four[j] > weakest_.score())) continue;
+        if (thread_ == 0) Swap(i + 4 * source + j, four[j]);
+        weakest_.Replace(four[j]);
+        if (weakest_.empty()) return 4 * source + j;
+      }
+      above = __ballot_sync(kAll, most > weakest_.score()) & (0xFFFFFFFEu << source);  // the weakest only gets stronger
+    }
+    return -1;
+  }
+  __device__ void Swap(int64_t i, float score) const {
+    const int32_t at = weakest_.at();
+    head_.loser[i] = entry_[at];
+    entry_[at] = DepartureIndex(args_, head_, i);
+    score_[at] = score;
+  }
+
+  // The weakest entries of the full set, sorted: the lowest scores, among equals the youngest.
+  __device__ void FillWeakest() {
+    const int32_t wanted = min(kSorted, args_.protect);
+    uint32_t score = kNone;
+    int64_t position = 0;
+    if (wanted < args_.protect) FindBound(wanted, &score, &position);
+    if (thread_ == 0) memory_.listed = 0;
+    __syncthreads();
+    for (int32_t i = thread_; i < args_.protect; i += kSelectThreads) {
       const uint32_t bits = __float_as_uint(score_[i]);
-      if (bits < own.bits || (bits == own.bits && Position(i) > Position(own.at))) own = {bits, i};
+      if (bits > score || (bits == score && Position(i) < position)) continue;
+      const int32_t to = atomicAdd(&memory_.listed, 1);
+      if (to >= kSorted) continue;  // never, as no two entries have one position
+      memory_.list_bits[to] = bits;
+      memory_.list_at[to] = i;
     }
-    const int winner = Weakest(own);
-    const Candidate found{__shfl_sync(kAll, own.bits, winner), __shfl_sync(kAll, own.at, winner)};
-    if (lane_ == g) known_ = found;
-  }
-  __device__ void FindWeakest() {
-    weakest_segment_ = Weakest(known_);
-    weakest_ = {__shfl_sync(kAll, known_.bits, weakest_segment_), __shfl_sync(kAll, known_.at, weakest_segment_)};
+    __syncthreads();
+    if (thread_ < wanted) Sort(wanted);
+    __syncthreads();
+    if (thread_ < kWarp) weakest_.Fill(memory_.sorted_bits, memory_.sorted_at, wanted, score);
+    if (thread_ == 0) memory_.weakest_score = weakest_.score();
+    __syncthreads();
   }
 
-  // The lane whose candidate has the lowest score; among equals the youngest.
-  __device__ int Weakest(const Candidate& own) const {
-    const uint32_t lowest = __reduce_min_sync(kAll, own.bits);
-    const uint32_t holders = __ballot_sync(kAll, own.bits == lowest);
-    const int first = __ffs(static_cast<int>(holders)) - 1;
-    if ((holders & (holders - 1)) == 0) return first;
-    return LatestLane(own.bits == lowest ? Position(own.at) : kNoPosition);
+  // The entry of rank `wanted`, counted from 1, by its score and position.
+  __device__ void FindBound(int32_t wanted, uint32_t* score, int64_t* position) const {
+    uint32_t value = 0;
+    for (int bit = 31; bit >= 0; --bit) {
+      const uint32_t next = value | (1u << bit);
+      if (Count([&](int32_t, uint32_t bits) { return bits < next; }) < wanted) value = next;
+    }
+    *score = value;
+    const int32_t equals = wanted - Count([&](int32_t, uint32_t bits) { return bits < value; });
+    if (equals == Count([&](int32_t, uint32_t bits) { return bits == value; })) return;
+    for (int bit = 62; bit >= 0; --bit) {
+      const int64_t next = *position | (int64_t{1} << bit);
+      if (Count([&](int32_t i, uint32_t bits) { return bits == value && Position(i) >= next; }) >= equals)
+        *position = next;
+    }
+  }
+  template <class Predicate>
+  __device__ int32_t Count(const Predicate& predicate) const {
+    int32_t own = 0;
+    for (int32_t i = thread_; i < args_.protect; i += kSelectThreads) own += predicate(i, __float_as_uint(score_[i]));
+    int32_t(&sums)[kSelectWarps] = memory_.sums[parity_ ^= 1];
+    const int32_t warp = __reduce_add_sync(kAll, own);
+    if (thread_ % kWarp == 0) sums[thread_ / kWarp] = warp;
+    __syncthreads();  // one is enough: the next count uses the other sums
+    int32_t all = 0;
+#pragma unroll
+    for (int w = 0; w < kSelectWarps; ++w) all += sums[w];
+    return all;
   }
 
-  __device__ void Replace(int64_t i, float score) {
-    if (lane_ == 0) {
-      head_.loser[i] = entry_[weakest_.at];
-      entry_[weakest_.at] = DepartureIndex(args_, head_, i);
-      score_[weakest_.at] = score;
+  // Entry `thread` of the list goes to its rank.
+  __device__ void Sort(int32_t count) const {
+    const uint32_t bits = memory_.list_bits[thread_];
+    const int32_t at = memory_.list_at[thread_];
+    int32_t rank = 0;
+#pragma unroll 4
+    for (int32_t j = 0; j < count; ++j) {
+      const uint32_t other = memory_.list_bits[j];
+      rank += other < bits || (other == bits && j != thread_ && Position(memory_.list_at[j]) > Position(at));
     }
-    __syncwarp();
-    LookAt(weakest_segment_);
-    FindWeakest();
+    memory_.sorted_bits[rank] = bits;
+    memory_.sorted_at[rank] = at;
   }
 
   const AdmitArgs& args_;
   const AdmitHead& head_;
-  float* score_;    // (protect)
-  int32_t* entry_;  // (protect)
-  int32_t segment_;  // entries of a segment
+  SelectionMemory& memory_;
+  float* score_;     // (protect)
+  int32_t* entry_;   // (protect)
   int32_t count_ = 0;
-  Candidate known_, weakest_;
-  int weakest_segment_ = 0;
-  const int32_t lane_ = static_cast<int32_t>(threadIdx.x);
+  Weakest weakest_;  // of warp 0
+  mutable int parity_ = 0;
+  const int32_t thread_ = static_cast<int32_t>(threadIdx.x);
 };
 
 // The scores of the call, stage after stage through shared memory.
@@ -339,12 +504,12 @@ class Scores {
   __device__ Scores(const float* scores, int64_t count, float* ring) : scores_(scores), ring_(ring), count_(count) {
     for (int64_t stage = 0; stage < kStages - 1; ++stage) Load(stage);
   }
-  // The next stage, once all lanes are done with the last.
+  // The next stage, once all threads are done with the last.
   __device__ const float* Next() {
-    __syncwarp();
+    __syncthreads();
     Load(stage_ + kStages - 1);
     CopyAsyncWait<kStages - 1>();
-    __syncwarp();
+    __syncthreads();
     return ring_ + stage_++ % kStages * kStage;
   }
 
@@ -353,7 +518,7 @@ class Scores {
     const uint32_t to = SharedAddress(ring_ + stage % kStages * kStage);
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const int32_t at = 4 * (q * kWarp + static_cast<int32_t>(threadIdx.x));
+      const int32_t at = 4 * (q * kSelectThreads + static_cast<int32_t>(threadIdx.x));
       const int64_t left = count_ - stage * kStage - at;
       const auto bytes = static_cast<int32_t>(4 * min(max(left, int64_t{0}), int64_t{4}));
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + 4 * static_cast<uint32_t>(at)),
@@ -368,7 +533,7 @@ class Scores {
   int64_t count_, stage_ = 0;
 };
 
-// When snapshots are due; 32 at a time, one per lane.
+// When snapshots are due; every warp knows 32 at a time, one per lane.
 class Snapshots {
  public:
   __device__ explicit Snapshots(const AdmitArgs& args) : args_(args) { Fetch(); }
@@ -381,7 +546,7 @@ class Snapshots {
 
  private:
   __device__ void Fetch() {
-    const int32_t mine = next_ + static_cast<int32_t>(threadIdx.x);
+    const int32_t mine = next_ + static_cast<int32_t>(threadIdx.x) % kWarp;
     if (next_ % kWarp == 0 && mine < args_.snapshots) at_ = args_.snapshot_at[mine];
     const int32_t due = __shfl_sync(kAll, at_, next_ % kWarp);
     due_ = next_ < args_.snapshots ? int64_t{due} : std::numeric_limits<int64_t>::max();
@@ -392,39 +557,18 @@ class Snapshots {
   int64_t due_ = 0;
 };
 
-// Departures [begin, end) of the call, which lie in the stage from `stage_begin` on.
-__device__ void CompeteAll(Selection& set, int64_t stage_begin, const float* stage, int64_t begin, int64_t end) {
-  const auto* quads = reinterpret_cast<const float4*>(stage) + threadIdx.x;
-  float most = 0;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    const float4 s = quads[q * kWarp];
-    most = fmaxf(most, fmaxf(fmaxf(s.x, s.y), fmaxf(s.z, s.w)));
-  }
-  if (!__any_sync(kAll, most > set.weakest_score())) return;
-#pragma unroll 1
-  for (int q = 0; q < kQuads; ++q) {
-    const int64_t i = stage_begin + q * 4 * kWarp, own = i + 4 * threadIdx.x;
-    float4 s = quads[q * kWarp];
-    if (own < begin || own >= end) s.x = -1;
-    if (own + 1 < begin || own + 1 >= end) s.y = -1;
-    if (own + 2 < begin || own + 2 >= end) s.z = -1;
-    if (own + 3 < begin || own + 3 >= end) s.w = -1;
-    set.Compete(i, s);
-  }
-}
-
-// One warp per head.
+// One block per head.
 template <bool kShared>
-__global__ __launch_bounds__(kWarp) void SelectKernel(const __grid_constant__ AdmitArgs args) {
-  __shared__ __align__(16) float ring[kStages * kStage];
+__global__ __launch_bounds__(kSelectThreads, 1) void SelectKernel(const __grid_constant__ AdmitArgs args) {
+  __shared__ SelectionMemory selection_memory;
   extern __shared__ __align__(16) char memory[];
   const AdmitHead head = args.heads[blockIdx.x];
-  auto* score = kShared ? reinterpret_cast<float*>(memory) : head.score;
+  auto* ring = reinterpret_cast<float*>(memory);
+  auto* score = kShared ? ring + kStages * kStage : head.score;
   auto* entry = kShared ? reinterpret_cast<int32_t*>(score + args.protect) : head.protected_index;
   Scores scores(head.scores, args.count, ring);
   Snapshots snapshots(args);
-  Selection set(args, head, score, entry);
+  Selection set(args, head, selection_memory, score, entry);
   set.Load();
   const auto take_snapshots = [&](int64_t at) {
     for (; snapshots.due() == at; snapshots.Advance())
@@ -440,7 +584,7 @@ __global__ __launch_bounds__(kWarp) void SelectKernel(const __grid_constant__ Ad
         end = min(end, at + set.room());
         set.Join(at, static_cast<int32_t>(end - at), stage + (at - stage_begin));
       } else {
-        CompeteAll(set, stage_begin, stage, at, end);
+        set.Compete(stage_begin, stage, at, end);
       }
     }
   }
@@ -448,7 +592,7 @@ __global__ __launch_bounds__(kWarp) void SelectKernel(const __grid_constant__ Ad
   take_snapshots(args.count);
   set.Store();
   if (args.count == 0) return;
-  for (int32_t d = static_cast<int32_t>(threadIdx.x); d < args.key_dim; d += kWarp) {  // see Scorer::Score
+  for (int32_t d = static_cast<int32_t>(threadIdx.x); d < args.key_dim; d += kSelectThreads) {  // see Scorer::Score
     head.mean[d] = head.run_means[d];
     head.sum[d] = head.run_means[args.key_dim + d];
   }
@@ -484,11 +628,12 @@ void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_he
 
 void Admit(const AdmitArgs& args, cudaStream_t stream) {
   if (args.count > 0) WithType(args.dtype, [&](auto type) { LaunchScores<decltype(type)>(args, stream); });
-  const auto heads = static_cast<uint32_t>(args.head_count);
-  if (args.protect > kMostShared) return SelectKernel<false><<<heads, kWarp, 0, stream>>>(args);
-  const size_t shared = static_cast<size_t>(args.protect) * (sizeof(float) + sizeof(int32_t));
-  cudaFuncSetAttribute(SelectKernel<true>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  SelectKernel<true><<<heads, kWarp, shared, stream>>>(args);
+  const bool shared = args.protect <= kMostShared;
+  const auto kernel = shared ? &SelectKernel<true> : &SelectKernel<false>;
+  size_t bytes = kStages * kStage * sizeof(float);
+  if (shared) bytes += static_cast<size_t>(args.protect) * (sizeof(float) + sizeof(int32_t));
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  kernel<<<static_cast<uint32_t>(args.head_count), kSelectThreads, bytes, stream>>>(args);
 }
 
 }  // namespace express::cuda

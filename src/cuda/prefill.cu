@@ -60,8 +60,9 @@ struct TileLayout {
   }
 };
 
-template <class T, int kKeyDim, int kValueDim, int kMTiles, int kKeys>
+template <class T, int kKeyDim, int kValueDim, int kMTiles, int kKeys, int kWarps>
 struct Flash {
+  static constexpr int kThreads = kWarps * kWarp;
   static constexpr int kRows = kWarps * kMTiles * 16;
   using KeyLayout = TileLayout<kKeyDim>;
   using ValueLayout = TileLayout<kValueDim>;
@@ -305,9 +306,9 @@ struct Flash {
   }
 };
 
-template <class T, int kKeyDim, int kValueDim, int kMTiles, int kKeys>
-__global__ __launch_bounds__(kThreads) void PrefillKernel(const __grid_constant__ PrefillArgs args) {
-  using F = Flash<T, kKeyDim, kValueDim, kMTiles, kKeys>;
+template <class T, int kKeyDim, int kValueDim, int kMTiles, int kKeys, int kWarps>
+__global__ __launch_bounds__(kWarps * kWarp, kMTiles * kWarps == 8 ? 2 : 1) void PrefillKernel(const __grid_constant__ PrefillArgs args) {
+  using F = Flash<T, kKeyDim, kValueDim, kMTiles, kKeys, kWarps>;
   extern __shared__ __align__(128) char shared[];
   Job job;
   if (!FindJob(args, F::kRows, job)) return;
@@ -388,14 +389,14 @@ __global__ __launch_bounds__(kThreads) void PrefillPlainKernel(const __grid_cons
 template <class T, int kKeyDim, int kValueDim>
 void Run(const PrefillArgs& args, cudaStream_t stream) {
   constexpr bool kWide = kKeyDim > 128 || kValueDim > 128;
-  constexpr int kMTiles = kWide ? 1 : 2, kKeys = kWide ? 32 : 64;
-  using F = Flash<T, kKeyDim, kValueDim, kMTiles, kKeys>;
-  auto* kernel = PrefillKernel<T, kKeyDim, kValueDim, kMTiles, kKeys>;
+  constexpr int kMTiles = kWide ? 1 : 2, kKeys = kWide ? 32 : 64, kWarps = 4;
+  using F = Flash<T, kKeyDim, kValueDim, kMTiles, kKeys, kWarps>;
+  auto* kernel = PrefillKernel<T, kKeyDim, kValueDim, kMTiles, kKeys, kWarps>;
   if (F::kShared > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(F::kShared));
   const dim3 grid(static_cast<uint32_t>(args.blocks * args.group * CeilDiv(args.block, F::kRows)),
                   static_cast<uint32_t>(args.kv_heads));
-  kernel<<<grid, kThreads, F::kShared, stream>>>(args);
+  kernel<<<grid, F::kThreads, F::kShared, stream>>>(args);
 }
 
 template <class T>

@@ -397,7 +397,7 @@ TEST_F(AdmitTest, Adversarial) {
   for (const Kind kind : {Kind::kDrift, Kind::kIncreasing, Kind::kDecreasing, Kind::kEqual, Kind::kFewValues,
                           Kind::kInfinite})
     for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
-      for (const int32_t protect : {1, 7, 31, 33, 197, 788, 3000}) {
+      for (const int32_t protect : {1, 7, 33, 197, 256, 257, 788, 3000}) {
         if (kind == Kind::kInfinite && dtype == DType::kF16) continue;  // it has no such numbers
         Check({dtype, 64, protect, 200, 500, 8000, 5, kind}, seed++);
         if (HasFailure()) return;
