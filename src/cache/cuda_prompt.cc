@@ -353,10 +353,11 @@ void PromptRun::LaunchAttention(int64_t first, int64_t tokens) {
                  .tokens = first + tokens,
                  .first_position = first_position_,
                  .block = static_cast<int32_t>(block_),
+                 .block_offset = static_cast<int32_t>(first_position_ % block_),
                  .first_block = position / block_ - base,
                  .blocks = (position + tokens - 1) / block_ - position / block_ + 1,
                  .scale = static_cast<float>(c.scale)},
-                cache_.traits_.compute_capability, cache_.stream_);
+                cache_.traits_.compute_capability, cache_.traits_.multiprocessors, cache_.stream_);
 }
 
 // Rows [first, first + tokens). Spans end where blocks end.

@@ -288,12 +288,12 @@ struct PrefillArgs {
   int64_t lse_row_stride, lse_head_stride;
   int64_t tokens;          // rows of the prompt
   int64_t first_position;  // of row 0
-  int32_t block;
+  int32_t block, block_offset;  // block_offset: first_position % block
   int64_t first_block, blocks;
   float scale;
 };
 bool PrefillSupported(int32_t key_dim, int32_t value_dim);
-void Prefill(const PrefillArgs& args, int32_t compute_capability, cudaStream_t stream);
+void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multiprocessors, cudaStream_t stream);
 
 // ---- protected entries of a prompt (admit.cu) ----
 

@@ -1,54 +1,14 @@
 // Causal attention of a prompt over the weighted cache and itself, for sm_80 and above: FlashAttention-2's loop (Dao,
 // arXiv:2307.08691) over keys that come from two places, a far list of single rows with log weights and then a range of rows.
 #include <algorithm>
-#include <limits>
 
-#include "src/cuda/device.cuh"
-#include "src/cuda/kernels.h"
+#include "src/cuda/prefill.cuh"
 
 namespace express::cuda {
 namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-
-// The queries of one block of threads, and the keys they see.
-struct Job {
-  int32_t kv_head, query_head;
-  int64_t block;            // of the launch
-  int64_t first, last;      // query rows [first, last)
-  int64_t begin;            // keys: rows [begin, row], after the far list
-};
-
-// Blocks of the prompt, in the coordinates of the launch: block 0 holds row 0.
-__host__ __device__ inline int64_t BlockStart(const PrefillArgs& args, int64_t block) {
-  const int64_t start = (args.first_position / args.block + block) * args.block - args.first_position;
-  return start > 0 ? start : 0;
-}
-
-// False if there are no such queries.
-__device__ bool FindJob(const PrefillArgs& args, int32_t rows, Job& job) {
-  const int32_t tiles = static_cast<int32_t>(CeilDiv(args.block, rows));
-  const auto x = static_cast<int64_t>(blockIdx.x);
-  job.kv_head = static_cast<int32_t>(blockIdx.y);
-  job.query_head = job.kv_head * args.group + static_cast<int32_t>(x / tiles % args.group);
-  job.block = x / tiles / args.group;
-  const int64_t block = args.first_block + job.block;
-  const int64_t start = BlockStart(args, block), end = min(BlockStart(args, block + 1), args.tokens);
-  job.first = start + x % tiles * rows;
-  job.last = min(job.first + rows, end);
-  const PrefillHead& head = args.heads[job.kv_head];
-  const int64_t position = args.first_position + start;
-  const int64_t exact = max(static_cast<int64_t>(head.sinks), position - head.tail) - args.first_position;
-  job.begin = min(max(exact, int64_t{0}), start);
-  return job.first < job.last;
-}
-
-__device__ const char* RowAt(const Rows& rows, int64_t row, int32_t head) {
-  return static_cast<const char*>(rows.data) + (row * rows.row_stride + head * rows.head_stride) * SizeOf(rows.dtype);
-}
-
 // Shared memory of one tile: rows of kDim elements of 16 bits, padded to whole 128 bytes, 16-byte pieces swizzled so that
 // eight rows of one column of pieces lie in eight different banks.
 template <int kDim>
@@ -72,7 +32,7 @@ struct Flash {
   static constexpr size_t kShared = kQueryBytes + kStages * (kStageBytes + kKeys * sizeof(float));
 
   const PrefillArgs& args;
-  const Job& job;
+  const PrefillJob& job;
   const PrefillHead& head;
   uint32_t query, stages;  // shared addresses
   float* bias;             // shared (kStages, kKeys), over the softmax scale
@@ -109,7 +69,7 @@ struct Flash {
   }
 
   __device__ __forceinline__ void LoadFar(int tile, int stage) const {
-    const int32_t* list = head.far_index + job.block * head.far_capacity;
+    const int32_t* list = head.far_index + int64_t{job.block} * head.far_capacity;
     const int first = tile * kKeys + thread / kTogether;
     int32_t index[kEach];
 #pragma unroll
@@ -125,7 +85,7 @@ struct Flash {
     if (thread < kKeys) {
       const int i = tile * kKeys + thread;
       bias[stage * kKeys + thread] =
-          i < far_count ? head.far_bias[job.block * head.far_capacity + i] / args.scale : kMinusInfinity;
+          i < far_count ? head.far_bias[int64_t{job.block} * head.far_capacity + i] / args.scale : kMinusInfinity;
     }
   }
 
@@ -310,8 +270,8 @@ template <class T, int kKeyDim, int kValueDim, int kMTiles, int kKeys, int kWarp
 __global__ __launch_bounds__(kWarps * kWarp, kMTiles * kWarps == 8 ? 2 : 1) void PrefillKernel(const __grid_constant__ PrefillArgs args) {
   using F = Flash<T, kKeyDim, kValueDim, kMTiles, kKeys, kWarps>;
   extern __shared__ __align__(128) char shared[];
-  Job job;
-  if (!FindJob(args, F::kRows, job)) return;
+  PrefillJob job;
+  if (!FindJob(args, F::kRows, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.x), job)) return;
   const PrefillHead& head = args.heads[job.kv_head];
   const int32_t far_count = head.far_count[job.block];
   const uint32_t base = SharedAddress(shared);
@@ -338,8 +298,8 @@ constexpr int kEach = kMostDim / kWarp;
 __global__ __launch_bounds__(kThreads) void PrefillPlainKernel(const __grid_constant__ PrefillArgs args) {
   __shared__ float states[kWarps][2];
   __shared__ float outs[kWarps][kMostDim];
-  Job job;
-  if (!FindJob(args, 1, job)) return;
+  PrefillJob job;
+  if (!FindJob(args, 1, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.x), job)) return;
   const PrefillHead& head = args.heads[job.kv_head];
   const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
   const int32_t far_count = head.far_count[job.block];
@@ -349,8 +309,8 @@ __global__ __launch_bounds__(kThreads) void PrefillPlainKernel(const __grid_cons
   for (int i = 0; i < kEach; ++i) q[i] = lane + kWarp * i < args.key_dim ? query[lane + kWarp * i] : 0;
   const int64_t keys = far_count + job.last - job.begin;
   for (int64_t j = warp; j < keys; j += kWarps) {
-    const int64_t row = j < far_count ? head.far_index[job.block * head.far_capacity + j] : job.begin + j - far_count;
-    const float bias = j < far_count ? head.far_bias[job.block * head.far_capacity + j] : 0;
+    const int64_t row = j < far_count ? head.far_index[int64_t{job.block} * head.far_capacity + j] : job.begin + j - far_count;
+    const float bias = j < far_count ? head.far_bias[int64_t{job.block} * head.far_capacity + j] : 0;
     const float* key = row < 0 ? static_cast<const float*>(head.slab_key) + (-1 - row) * args.key_dim
                                : reinterpret_cast<const float*>(RowAt(args.k, row, job.kv_head));
     const float* value = row < 0 ? static_cast<const float*>(head.slab_value) + (-1 - row) * args.value_dim
@@ -394,7 +354,7 @@ void Run(const PrefillArgs& args, cudaStream_t stream) {
   auto* kernel = PrefillKernel<T, kKeyDim, kValueDim, kMTiles, kKeys, kWarps>;
   if (F::kShared > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(F::kShared));
-  const dim3 grid(static_cast<uint32_t>(args.blocks * args.group * CeilDiv(args.block, F::kRows)),
+  const dim3 grid(static_cast<uint32_t>(PrefillJobs(args, F::kRows)),
                   static_cast<uint32_t>(args.kv_heads));
   kernel<<<grid, F::kThreads, F::kShared, stream>>>(args);
 }
@@ -422,10 +382,13 @@ void RunDims(const PrefillArgs& args, cudaStream_t stream) {
 
 bool PrefillSupported(int32_t key_dim, int32_t value_dim) { return AttendSupported(key_dim, value_dim); }
 
-void Prefill(const PrefillArgs& args, int32_t, cudaStream_t stream) {
+void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multiprocessors, cudaStream_t stream) {
+#ifdef EXPRESS_CUDA_SM90A
+  if (compute_capability == 90 && PrefillHopper(args, multiprocessors, stream)) return;
+#endif
   if (args.dtype == DType::kF16) return RunDims<Half>(args, stream);
   if (args.dtype == DType::kBF16) return RunDims<BFloat16>(args, stream);
-  const dim3 grid(static_cast<uint32_t>(args.blocks * args.group * args.block), static_cast<uint32_t>(args.kv_heads));
+  const dim3 grid(static_cast<uint32_t>(PrefillJobs(args, 1)), static_cast<uint32_t>(args.kv_heads));
   PrefillPlainKernel<<<grid, kThreads, 0, stream>>>(args);
 }
 
