@@ -38,14 +38,6 @@ __device__ __forceinline__ void BarrierWait(uint32_t barrier, uint32_t parity) {
 // What ordinary accesses wrote, and this thread knows of, is seen by the products that follow.
 __device__ __forceinline__ void FenceForProducts() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Named barriers, of threads of several warpgroups.
-__device__ __forceinline__ void NamedSync(int barrier, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-__device__ __forceinline__ void NamedArrive(int barrier, int threads) {
-  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 template <int kRegisters>
 __device__ __forceinline__ void TakeRegisters() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));

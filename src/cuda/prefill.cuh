@@ -27,6 +27,9 @@ __device__ inline int64_t BlockStart(const PrefillArgs& args, int64_t block) {
 __host__ __device__ inline int64_t PrefillJobs(const PrefillArgs& args, int32_t rows) {
   return args.blocks * args.group * CeilDiv(args.block, rows);
 }
+__device__ inline int32_t PrefillBlockOf(const PrefillArgs& args, int32_t rows, int32_t index) {
+  return index / ((args.block + rows - 1) / rows) / args.group;
+}
 // Job `index` of a KV head. False if it has no queries.
 __device__ inline bool FindJob(const PrefillArgs& args, int32_t rows, int32_t kv_head, int32_t index, PrefillJob& job) {
   const int32_t tiles = (args.block + rows - 1) / rows, head_tile = index / tiles;

@@ -1,5 +1,6 @@
 // The prefill for Hopper: one warpgroup gathers keys and values into a ring of tiles, two multiply (wgmma), as in
-// FlashAttention-3 (Shah et al., arXiv:2407.08608): products of one tile run beside the softmax of the next.
+// FlashAttention-3 (Shah et al., arXiv:2407.08608): products of one tile run beside the softmax of the next. The two are
+// left to themselves: made to take turns, as there, they were 7 to 11 % slower, because gathering is what they wait for.
 #include <algorithm>
 
 #include "src/cuda/hopper.cuh"
@@ -13,7 +14,7 @@ constexpr int kThreads = (kConsumers + 1) * kWarpgroup;
 constexpr int kRows = kConsumers * 64;
 constexpr int kKeys = 128;  // of a tile
 constexpr int kStages = 2;
-constexpr int kProducerRegisters = 56, kConsumerRegisters = 224;
+constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
 static_assert(kWarpgroup * (kProducerRegisters + kConsumers * kConsumerRegisters) <= 64 * 1024);
 
 // A tile of `kCount` rows of kDim elements: panels of 64 elements, each (kCount, 128 bytes), swizzled as SharedMatrix says.
@@ -26,6 +27,16 @@ struct Tile {
   }
 };
 
+// What the warpgroups that multiply do with the queries of one buffer.
+struct __align__(16) Work {
+  int32_t tiles;      // 0: no more work
+  int32_t far_count;  // keys with a bias are the first
+  int32_t away;       // key j is seen by query row r if j <= r + away
+  int32_t rows;
+  int64_t first;  // row of the prompt
+  int32_t query_head, unused;
+};
+
 template <int kDim>
 struct Memory {
   using Queries = Tile<kDim, kRows>;
@@ -34,7 +45,8 @@ struct Memory {
   static constexpr uint32_t kKey = kQuery + 2 * Queries::kBytes;
   static constexpr uint32_t kValue = kKey + kStages * Keys::kBytes;
   static constexpr uint32_t kBias = kValue + kStages * Keys::kBytes;  // (kStages, kKeys), over the softmax scale
-  static constexpr uint32_t kBarriers = kBias + kStages * kKeys * sizeof(float);
+  static constexpr uint32_t kWork = kBias + kStages * kKeys * sizeof(float);  // (2): of the queries in each buffer
+  static constexpr uint32_t kBarriers = kWork + 2 * sizeof(Work);
   static constexpr uint32_t kBytes = kBarriers + 12 * sizeof(uint64_t);
   static constexpr uint32_t kAligned = 1024;  // and so many bytes more, to begin at a multiple of this
   static_assert(kStages == 2);
@@ -44,6 +56,7 @@ struct Memory {
   __device__ uint32_t Key(uint32_t stage) const { return base + kKey + stage * Keys::kBytes; }
   __device__ uint32_t Value(uint32_t stage) const { return base + kValue + stage * Keys::kBytes; }
   __device__ uint32_t Bias(uint32_t stage) const { return base + kBias + stage * kKeys * 4; }
+  __device__ uint32_t WorkOf(uint32_t buffer) const { return base + kWork + buffer * sizeof(Work); }
   __device__ uint32_t Barrier(int which, uint32_t i) const { return base + kBarriers + (which * 2 + i) * 8; }
   __device__ uint32_t QueryFull(uint32_t i) const { return Barrier(0, i); }
   __device__ uint32_t QueryEmpty(uint32_t i) const { return Barrier(1, i); }
@@ -55,11 +68,11 @@ struct Memory {
   __device__ void Init() const {
     constexpr int kReaders = kConsumers * kWarpgroup / kWarp;  // warps
     for (uint32_t i = 0; i < 2; ++i) {
-      BarrierInit(QueryFull(i), kWarpgroup);
+      BarrierInit(QueryFull(i), kWarpgroup + 1);  // copies and what work it is
       BarrierInit(QueryEmpty(i), kReaders);
-      BarrierInit(KeyFull(i), 2 * kWarpgroup);  // copies and biases
+      BarrierInit(KeyFull(i), kWarpgroup / 2 * 2);  // copies and biases
       BarrierInit(KeyEmpty(i), kReaders);
-      BarrierInit(ValueFull(i), kWarpgroup);
+      BarrierInit(ValueFull(i), kWarpgroup / 2);
       BarrierInit(ValueEmpty(i), kReaders);
     }
   }
@@ -70,6 +83,9 @@ __device__ __forceinline__ void StoreShared(uint32_t address, float x) {
 }
 __device__ __forceinline__ void StoreShared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
+}
+__device__ __forceinline__ void StoreShared16(uint32_t address, const uint4& x) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 __device__ __forceinline__ float2 LoadShared2(uint32_t address) {
   float2 x;
@@ -85,148 +101,233 @@ __device__ __forceinline__ uint4 LoadShared16(uint32_t address) {
   return x;
 }
 
-// The tiles of a job: its far list, then its rows, without a gap.
-struct Keys {
-  int32_t far_count;
-  int64_t count;
-  __device__ Keys(const PrefillArgs& args, const PrefillJob& job)
-      : far_count(args.heads[job.kv_head].far_count[job.block]), count(far_count + job.last - job.begin) {}
-  __device__ int32_t tiles() const { return static_cast<int32_t>(CeilDiv(count, kKeys)); }
-};
-
 // ---- the warpgroup that gathers ----
 
+// Jobs [begin, end) of one KV head, tile after tile. A job's keys are its far list, then its rows, without a gap.
+class Cursor {
+ public:
+  __device__ Cursor(const PrefillArgs& args, const PrefillHead& head, int32_t kv_head, int32_t begin, int32_t end)
+      : args_(args), head_(head), kv_head_(kv_head), next_(begin), end_(end) {
+    far_ahead_ = FarCount(begin);
+    NextJob();
+  }
+  __device__ bool valid() const { return first < count; }
+  __device__ void Advance() {
+    first += kKeys;
+    if (first >= count) NextJob();
+  }
+
+  PrefillJob job;
+  int32_t first = 0, count = 0, far_count = 0;  // of the job's keys, [first, first + kKeys) is the tile
+
+ private:
+  __device__ void NextJob() {
+    first = count = 0;
+    while (next_ < end_) {
+      const bool any = FindJob(args_, kRows, kv_head_, next_, job);
+      far_count = far_ahead_;
+      far_ahead_ = FarCount(++next_);  // is there by the next job's time
+      if (!any) continue;
+      count = far_count + static_cast<int32_t>(job.last - job.begin);
+      return;
+    }
+  }
+  __device__ int32_t FarCount(int32_t index) const {
+    return index < end_ ? head_.far_count[PrefillBlockOf(args_, kRows, index)] : 0;
+  }
+
+  const PrefillArgs& args_;
+  const PrefillHead& head_;
+  const int32_t kv_head_;
+  int32_t next_, far_ahead_;
+  const int32_t end_;
+};
+
+// Each warp for itself: two fetch keys, two fetch values, half the rows of a tile each.
 template <int kDim>
 class Producer {
  public:
-  __device__ Producer(const PrefillArgs& args, const Memory<kDim>& memory) : args_(args), memory_(memory) {}
+  __device__ Producer(const PrefillArgs& args, const PrefillHead& head, int32_t kv_head, const Memory<kDim>& memory)
+      : memory_(memory),
+        args_(args),
+        head_(head),
+        rows_(RowAt(keys_ ? args.k : args.v, 0, kv_head)),
+        slab_(static_cast<const char*>(keys_ ? head.slab_key : head.slab_value)),
+        row_bytes_((keys_ ? args.k : args.v).row_stride * 2) {}
 
-  __device__ void Run(const PrefillJob& job) {
-    LoadQueries(job);
-    const PrefillHead& head = args_.heads[job.kv_head];
-    const Keys keys(args_, job);
-    const char *key_rows = RowAt(args_.k, 0, job.kv_head) + piece_ * 16, *value_rows = RowAt(args_.v, 0, job.kv_head) + piece_ * 16;
-    const char *slab_key = static_cast<const char*>(head.slab_key) + piece_ * 16,
-               *slab_value = static_cast<const char*>(head.slab_value) + piece_ * 16;
-    const int64_t key_bytes = args_.k.row_stride * 2, value_bytes = args_.v.row_stride * 2;
-    const int32_t* list = head.far_index + int64_t{job.block} * head.far_capacity;
-    const float* weights = head.far_bias + int64_t{job.block} * head.far_capacity;
-    const auto count = static_cast<int32_t>(keys.count);
-    const auto away = static_cast<int32_t>(job.begin) - keys.far_count;  // from a key's number to its row
-    for (int32_t first = 0; first < count; first += kKeys, ++tiles_) {
-      int32_t index[kEach];
+  __device__ void Run(Cursor cursor) {
+    int32_t index[kOwn];
+    float bias[kOwn];
+    LookUp(cursor, index, bias);
+    while (cursor.valid()) {
+      if (cursor.first == 0) LoadQueries(cursor);
+      const int32_t left = cursor.count - cursor.first - half_ * kHalf;  // rows of the tile's half
+      const char* from[kOwn];
+      float own_bias[kOwn];
 #pragma unroll
-      for (int i = 0; i < kEach; ++i) {
-        const int32_t j = first + row_ + i * kApart;
-        index[i] = j < keys.far_count ? list[j] : j < count ? j + away : kSkip;
+      for (int i = 0; i < kOwn; ++i) {
+        from[i] = index[i] < 0 ? slab_ + int64_t{-1 - index[i]} * (kDim * 2) : rows_ + index[i] * row_bytes_;
+        own_bias[i] = bias[i];
       }
-      const int32_t own = first + thread_;
-      const float bias = own < keys.far_count ? weights[own] / args_.scale : 0;
-      const uint32_t stage = tiles_ % kStages, free = tiles_ / kStages % 2 ^ 1;
-      BarrierWait(memory_.KeyEmpty(stage), free);
-      Copy(index, memory_.Key(stage), key_rows, key_bytes, slab_key);
-      StoreShared(memory_.Bias(stage) + thread_ * 4, bias);
-      BarrierArriveAfterCopies(memory_.KeyFull(stage));
-      BarrierArrive(memory_.KeyFull(stage));
-      BarrierWait(memory_.ValueEmpty(stage), free);
-      Copy(index, memory_.Value(stage), value_rows, value_bytes, slab_value);
-      BarrierArriveAfterCopies(memory_.ValueFull(stage));
+      cursor.Advance();
+      LookUp(cursor, index, bias);  // on its way while this tile is copied
+      Copy(from, own_bias, left);
+      ++tiles_;
     }
+    EndWork();
   }
 
  private:
   using Layout = typename Memory<kDim>::Keys;
   using QueryLayout = typename Memory<kDim>::Queries;
-  // A row is copied by kPieces threads; this thread's rows are kApart apart, which keeps its place in the swizzle.
-  static constexpr int kPieces = Layout::kPieces, kApart = kWarpgroup / kPieces, kEach = kKeys / kApart;
-  static_assert(kApart % 8 == 0);
+  static constexpr int kHalf = kKeys / 2, kOwn = kHalf / kWarp;           // rows of a warp, and of a lane
+  static constexpr int kPieces = Layout::kPieces, kAtOnce = kWarp / kPieces;  // lanes to a row, rows at once
+  static_assert(kAtOnce == 2 || kAtOnce == 4);
 
-  __device__ __forceinline__ void Copy(const int32_t (&index)[kEach], uint32_t tile, const char* rows, int64_t row_bytes,
-                                       const char* slab) const {
-    const uint32_t to = tile + Layout::At(row_, piece_);
+  // Lane l has rows l, l + 32 of the half.
+  __device__ __forceinline__ void LookUp(const Cursor& cursor, int32_t (&index)[kOwn], float (&bias)[kOwn]) const {
+    const int64_t list = int64_t{cursor.job.block} * head_.far_capacity;
 #pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const bool valid = index[i] != kSkip;
-      const char* from = index[i] < 0 ? slab + int64_t{-1 - index[i]} * (kDim * 2) : rows + (valid ? index[i] : 0) * row_bytes;
-      CopyAsync16(to + static_cast<uint32_t>(i) * kApart * 128, from, valid);
+    for (int i = 0; i < kOwn; ++i) {
+      const int32_t j = cursor.first + half_ * kHalf + i * kWarp + lane_;
+      index[i] = 0;
+      bias[i] = 0;
+      if (j < cursor.far_count && j < cursor.count) {
+        index[i] = head_.far_index[list + j];
+        if (keys_) bias[i] = head_.far_bias[list + j];
+      } else if (j < cursor.count) {
+        index[i] = static_cast<int32_t>(cursor.job.begin) + j - cursor.far_count;
+      }
     }
   }
 
-  __device__ void LoadQueries(const PrefillJob& job) {
-    const uint32_t buffer = jobs_ % 2;
-    BarrierWait(memory_.QueryEmpty(buffer), jobs_ / 2 % 2 ^ 1);
-    const uint32_t to = memory_.Query(buffer) + QueryLayout::At(row_, piece_);
-    const char* from = RowAt(args_.q, job.first, job.query_head) + piece_ * 16;
+  __device__ __forceinline__ void Copy(const char* const (&from)[kOwn], const float (&bias)[kOwn], int32_t left) const {
+    const uint32_t stage = tiles_ % kStages, free = tiles_ / kStages % 2 ^ 1;
+    BarrierWait(keys_ ? memory_.KeyEmpty(stage) : memory_.ValueEmpty(stage), free);
+    const uint32_t tile = (keys_ ? memory_.Key(stage) : memory_.Value(stage)) + static_cast<uint32_t>(half_) * kHalf * 128;
+    const int32_t row = lane_ / kPieces, piece = lane_ % kPieces;
+    constexpr int kTogether = 8;  // their addresses are on their way together
+#pragma unroll
+    for (int first = 0; first < kHalf / kAtOnce; first += kTogether) {
+      const char* at[kTogether];
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int begin = (first + i) * kAtOnce;
+        const auto source = reinterpret_cast<uint64_t>(from[begin / kWarp]);
+        at[i] = reinterpret_cast<const char*>(__shfl_sync(0xFFFFFFFFu, source, begin % kWarp + row)) + piece * 16;
+      }
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        const int begin = (first + i) * kAtOnce;
+        CopyAsync16(tile + Layout::At(begin + row, piece), at[i], begin + row < left);
+      }
+    }
+    if (!keys_) return BarrierArriveAfterCopies(memory_.ValueFull(stage));
+#pragma unroll
+    for (int i = 0; i < kOwn; ++i)
+      StoreShared(memory_.Bias(stage) + (half_ * kHalf + i * kWarp + lane_) * 4, bias[i] / args_.scale);
+    BarrierArriveAfterCopies(memory_.KeyFull(stage));
+    BarrierArrive(memory_.KeyFull(stage));
+  }
+
+  // A quarter of the job's queries, and what is to be done with them.
+  __device__ void LoadQueries(const Cursor& cursor) {
+    const PrefillJob& job = cursor.job;
     const auto rows = static_cast<int32_t>(job.last - job.first);
+    const uint32_t buffer = BeginBuffer();
+    const int32_t first = warp_ * (kRows / 4) + lane_ / kPieces, piece = lane_ % kPieces;
+    const char* from = RowAt(args_.q, job.first, job.query_head) + piece * 16;
 #pragma unroll 4
-    for (int i = 0; i < kRows / kApart; ++i) {
-      const int32_t row = row_ + i * kApart;
-      CopyAsync16(to + static_cast<uint32_t>(i) * kApart * 128, from + (row < rows ? row : 0) * args_.q.row_stride * 2, row < rows);
+    for (int i = 0; i < kRows / 4 / kAtOnce; ++i) {
+      const int32_t row = first + i * kAtOnce;
+      CopyAsync16(memory_.Query(buffer) + QueryLayout::At(row, piece), from + (row < rows ? row : 0) * args_.q.row_stride * 2,
+                  row < rows);
+    }
+    const auto away = static_cast<int32_t>(job.first - job.begin) + cursor.far_count;
+    EndBuffer(buffer, {static_cast<int32_t>(CeilDiv(cursor.count, kKeys)), cursor.far_count, away, rows, job.first, job.query_head, 0});
+  }
+  __device__ void EndWork() {
+    const uint32_t buffer = BeginBuffer();
+    EndBuffer(buffer, {});
+  }
+  __device__ uint32_t BeginBuffer() const {
+    BarrierWait(memory_.QueryEmpty(jobs_ % 2), jobs_ / 2 % 2 ^ 1);
+    return jobs_ % 2;
+  }
+  __device__ void EndBuffer(uint32_t buffer, const Work& work) {
+    if (warp_ == 0 && lane_ == 0) {
+      StoreShared16(memory_.WorkOf(buffer), *reinterpret_cast<const uint4*>(&work));
+      StoreShared16(memory_.WorkOf(buffer) + 16, *(reinterpret_cast<const uint4*>(&work) + 1));
+      BarrierArrive(memory_.QueryFull(buffer));
     }
     BarrierArriveAfterCopies(memory_.QueryFull(buffer));
     ++jobs_;
   }
 
-  const PrefillArgs& args_;
   const Memory<kDim> memory_;
+  const PrefillArgs& args_;
+  const PrefillHead& head_;
   uint32_t jobs_ = 0, tiles_ = 0;
-  const int32_t thread_ = static_cast<int32_t>(threadIdx.x) % kWarpgroup;
-  const int32_t row_ = thread_ / kPieces, piece_ = thread_ % kPieces;
+  const int32_t warp_ = static_cast<int32_t>(threadIdx.x) % kWarpgroup / kWarp, lane_ = static_cast<int32_t>(threadIdx.x) % kWarp;
+  const int32_t half_ = warp_ % 2;
+  const bool keys_ = warp_ < 2;
+  const char* rows_;
+  const char* slab_;
+  const int64_t row_bytes_;
 };
 
 // ---- the warpgroups that multiply ----
 
-template <class T, int kDim, bool kTurns>
+template <class T, int kDim>
 class Consumer {
  public:
   __device__ Consumer(const PrefillArgs& args, const Memory<kDim>& memory, int group)
       : args_(args), memory_(memory), group_(group), scale2_(args.scale * kLog2E) {}
 
-  // Job `index` of a KV head, which has queries.
-  __device__ __forceinline__ void Run(int32_t kv_head, int32_t index, const PrefillJob& job) {
-    const Keys keys(args_, job);
-    const int32_t tiles = keys.tiles();
-    // Key j is seen by query row r of this warpgroup if j <= r + away.
-    const auto away = static_cast<int32_t>(job.first - job.begin) + keys.far_count + group_ * 64;
+  // The next work; false if there is none.
+  __device__ __forceinline__ bool Run() {
+    const uint32_t buffer = jobs_ % 2;
+    BarrierWait(memory_.QueryFull(buffer), jobs_ / 2 % 2);
+    const uint4 work = LoadShared16(memory_.WorkOf(buffer));
+    const auto tiles = static_cast<int32_t>(work.x), far_count = static_cast<int32_t>(work.y);
+    if (tiles == 0) return false;
+    const int32_t away = static_cast<int32_t>(work.z) + group_ * 64;  // of this warpgroup's rows
     const int32_t mine = min(tiles, (away + 63) / kKeys + 1);
-    BarrierWait(memory_.QueryFull(jobs_ % 2), jobs_ / 2 % 2);
-    const uint64_t query = SharedMatrix(memory_.Query(jobs_ % 2) + static_cast<uint32_t>(group_) * 64 * 128, 0);
+    const uint64_t query = SharedMatrix(memory_.Query(buffer) + static_cast<uint32_t>(group_) * 64 * 128, 0);
     ++jobs_;
     float out[kDim / 2], s[kKeys / 2], max[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {0, 0}, factor[2];
     uint32_t p[kKeys / 16][4];
 #pragma unroll
     for (float& x : out) x = 0;
 
-    BeginTurn();
     WaitFor(memory_.KeyFull(tiles_ % 2));
     ProductsBegin();
     Logits(query, s);
     ProductsCommit();
-    EndTurn();
     ProductsWait<0>();
     ProductsHold(s);
-    Mask(0, keys.far_count, away, s);
+    Mask(0, far_count, away, s);
     Release(memory_.KeyEmpty(tiles_ % 2));
     Softmax(s, max, sum, factor);
     Convert(s, p);
     for (int32_t tile = 1; tile < mine; ++tile) {
       const uint32_t before = tiles_ % 2, before_parity = tiles_ / 2 % 2;
       ++tiles_;
-      BeginTurn();
-      WaitFor(memory_.KeyFull(tiles_ % 2));
+        WaitFor(memory_.KeyFull(tiles_ % 2));
       ProductsBegin();
       Logits(query, s);
       ProductsCommit();
       BarrierWait(memory_.ValueFull(before), before_parity);
       FenceForProducts();
+      ProductsBegin();
       Accumulate(p, before, out);
       ProductsCommit();
-      EndTurn();
-      ProductsWait<1>();
+        ProductsWait<1>();
       ProductsHold(s);
-      Mask(tile, keys.far_count, away, s);
+      Mask(tile, far_count, away, s);
       Release(memory_.KeyEmpty(tiles_ % 2));
       Softmax(s, max, sum, factor);
+      Here(sum);
       ProductsWait<0>();
       ProductsHold(out);
       Release(memory_.ValueEmpty(before));
@@ -243,37 +344,20 @@ class Consumer {
     Release(memory_.ValueEmpty(tiles_ % 2));
     ++tiles_;
     for (int32_t tile = mine; tile < tiles; ++tile, ++tiles_) {  // what only later queries see
-      BeginTurn();
-      EndTurn();
-      BarrierWait(memory_.KeyFull(tiles_ % 2), tiles_ / 2 % 2);
+          BarrierWait(memory_.KeyFull(tiles_ % 2), tiles_ / 2 % 2);
       Release(memory_.KeyEmpty(tiles_ % 2));
       BarrierWait(memory_.ValueFull(tiles_ % 2), tiles_ / 2 % 2);
       Release(memory_.ValueEmpty(tiles_ % 2));
     }
-    PrefillJob again;  // rather than registers held all the while
-    FindJob(args_, kRows, kv_head, index, again);
-    Store(again, out, max, sum, memory_.Query((jobs_ + 1) % 2));
+    Store(out, max, sum, (jobs_ + 1) % 2);
     Release(memory_.QueryEmpty((jobs_ + 1) % 2));
-  }
-
-  // Warpgroups take turns in beginning their products, so that one's softmax runs beside the other's products.
-  __device__ void Begin() const {
-    if (kTurns && group_ == 1) NamedArrive(1, kConsumers * kWarpgroup);
-  }
-  __device__ void End() const {
-    if (kTurns && group_ == 0) NamedSync(1, kConsumers * kWarpgroup);
+    return true;
   }
 
  private:
   using Layout = typename Memory<kDim>::Keys;
   using QueryLayout = typename Memory<kDim>::Queries;
 
-  __device__ __forceinline__ void BeginTurn() const {
-    if (kTurns) NamedSync(1 + group_, kConsumers * kWarpgroup);
-  }
-  __device__ __forceinline__ void EndTurn() const {
-    if (kTurns) NamedArrive(2 - group_, kConsumers * kWarpgroup);
-  }
   // The phase of tile number tiles_.
   __device__ __forceinline__ void WaitFor(uint32_t barrier) const {
     BarrierWait(barrier, tiles_ / 2 % 2);
@@ -346,6 +430,11 @@ class Consumer {
       sum[r] = sum[r] * factor[r] + (total[0] + total[1]);
     }
   }
+  // Nothing is done, but not before the sums are there: or else the compiler moves the softmax behind the wait for the
+  // products beside which it should run.
+  __device__ __forceinline__ void Here(const float (&sum)[2]) const {
+    if (sum[0] + sum[1] < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
+  }
   __device__ __forceinline__ void Convert(const float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) const {
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)
@@ -354,9 +443,13 @@ class Consumer {
   }
 
   // Through the shared memory of this warp's own queries, which have been used, so that rows are written whole.
-  __device__ __forceinline__ void Store(const PrefillJob& job, const float (&out)[kDim / 2], const float (&max)[2],
-                                        const float (&sum)[2], uint32_t queries) const {
-    const int32_t first = group_ * 64 + warp_ * 16, rows = static_cast<int32_t>(job.last - job.first);
+  __device__ __forceinline__ void Store(const float (&out)[kDim / 2], const float (&max)[2], const float (&sum)[2],
+                                        uint32_t buffer) const {
+    const uint4 work[2] = {LoadShared16(memory_.WorkOf(buffer)), LoadShared16(memory_.WorkOf(buffer) + 16)};
+    const auto rows = static_cast<int32_t>(work[0].w), query_head = static_cast<int32_t>(work[1].z);
+    const auto first_row = static_cast<int64_t>(uint64_t{work[1].y} << 32 | work[1].x);
+    const uint32_t queries = memory_.Query(buffer);
+    const int32_t first = group_ * 64 + warp_ * 16;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = sum[r];
@@ -369,11 +462,11 @@ class Consumer {
         StoreShared(queries + QueryLayout::At(row, n) + lane_ % 4 * 4,
                     Pack<T>(out[4 * n + 2 * r] * inverse, out[4 * n + 2 * r + 1] * inverse));
       if (args_.lse != nullptr && lane_ % 4 == 0 && row < rows)
-        args_.lse[(job.first + row) * args_.lse_row_stride + job.query_head * args_.lse_head_stride] =
+        args_.lse[(first_row + row) * args_.lse_row_stride + query_head * args_.lse_head_stride] =
             max[r] * args_.scale + logf(total);
     }
     __syncwarp();
-    char* to = const_cast<char*>(RowAt(args_.out, job.first, job.query_head));
+    char* to = const_cast<char*>(RowAt(args_.out, first_row, query_head));
 #pragma unroll
     for (int i = 0; i < 16 * QueryLayout::kPieces / kWarp; ++i) {
       const int at = i * kWarp + lane_, row = first + at / QueryLayout::kPieces, piece = at % QueryLayout::kPieces;
@@ -391,7 +484,7 @@ class Consumer {
 };
 
 // Block b has jobs [b * each, (b + 1) * each) of KV head y.
-template <class T, int kDim, bool kTurns>
+template <class T, int kDim>
 __global__ __launch_bounds__(kThreads, 1) void PrefillKernel(const __grid_constant__ PrefillArgs args, int32_t each) {
   extern __shared__ char shared[];
   const uint32_t address = SharedAddress(shared);
@@ -406,33 +499,29 @@ __global__ __launch_bounds__(kThreads, 1) void PrefillKernel(const __grid_consta
   const auto begin = static_cast<int32_t>(blockIdx.x) * each;
   const int32_t end = min(begin + each, static_cast<int32_t>(PrefillJobs(args, kRows)));
   const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
-  PrefillJob job;
   if (group == kConsumers) {
     GiveRegisters<kProducerRegisters>();
-    Producer<kDim> producer(args, memory);
-    for (int32_t i = begin; i < end; ++i)
-      if (FindJob(args, kRows, kv_head, i, job)) producer.Run(job);
+    const PrefillHead head = args.heads[kv_head];
+    Producer<kDim>(args, head, kv_head, memory).Run(Cursor(args, head, kv_head, begin, end));
   } else {
     TakeRegisters<kConsumerRegisters>();
-    Consumer<T, kDim, kTurns> consumer(args, memory, group);
-    consumer.Begin();
-    for (int32_t i = begin; i < end; ++i)
-      if (FindJob(args, kRows, kv_head, i, job)) consumer.Run(kv_head, i, job);
-    consumer.End();
+    Consumer<T, kDim> consumer(args, memory, group);
+    while (consumer.Run()) {
+    }
   }
 }
 
 constexpr int64_t kRounds = 4;  // of blocks, at least, if there are enough jobs: others' kernels come in between
 
-template <class T, int kDim, bool kTurns>
+template <class T, int kDim>
 void Run(const PrefillArgs& args, int32_t multiprocessors, cudaStream_t stream) {
   const int64_t jobs = PrefillJobs(args, kRows), at_once = std::max(1, multiprocessors);
   const int64_t rounds = std::max<int64_t>(1, jobs * args.kv_heads / (at_once * kRounds));
   const int64_t each = std::min<int64_t>(8, CeilDiv(jobs * args.kv_heads, at_once * rounds));
   const auto bytes = static_cast<int>(Memory<kDim>::kBytes + Memory<kDim>::kAligned);
-  cudaFuncSetAttribute(PrefillKernel<T, kDim, kTurns>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  cudaFuncSetAttribute(PrefillKernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const dim3 grid(static_cast<uint32_t>(CeilDiv(jobs, each)), static_cast<uint32_t>(args.kv_heads));
-  PrefillKernel<T, kDim, kTurns><<<grid, kThreads, bytes, stream>>>(args, static_cast<int32_t>(each));
+  PrefillKernel<T, kDim><<<grid, kThreads, bytes, stream>>>(args, static_cast<int32_t>(each));
 }
 
 }  // namespace
@@ -441,9 +530,9 @@ bool PrefillHopper(const PrefillArgs& args, int32_t multiprocessors, cudaStream_
   const bool half = args.dtype == DType::kF16;
   if ((!half && args.dtype != DType::kBF16) || args.key_dim != args.value_dim) return false;
   if (args.key_dim == 64)
-    half ? Run<Half, 64, true>(args, multiprocessors, stream) : Run<BFloat16, 64, true>(args, multiprocessors, stream);
+    half ? Run<Half, 64>(args, multiprocessors, stream) : Run<BFloat16, 64>(args, multiprocessors, stream);
   else if (args.key_dim == 128)
-    half ? Run<Half, 128, true>(args, multiprocessors, stream) : Run<BFloat16, 128, true>(args, multiprocessors, stream);
+    half ? Run<Half, 128>(args, multiprocessors, stream) : Run<BFloat16, 128>(args, multiprocessors, stream);
   else
     return false;
   return true;
