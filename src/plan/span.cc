@@ -7,15 +7,17 @@
 namespace express::plan {
 namespace {
 
-// Stable counting sort by key(item) in [0, keys); begins[k] is where key k begins, begins[keys] the end.
+// Stable counting sort by key(item) in [0, keys); begins[k] is where key k begins, begins[keys] the end. Allocates nothing
+// where both vectors have room.
 template <class T, class Key>
 void SortBy(const std::vector<T>& from, int32_t keys, const Key& key, std::vector<T>& to, std::vector<int64_t>& begins) {
   begins.assign(static_cast<size_t>(keys) + 1, 0);
   for (const T& item : from) ++begins[static_cast<size_t>(key(item)) + 1];
   for (size_t k = 1; k < begins.size(); ++k) begins[k] += begins[k - 1];
   to.resize(from.size());
-  std::vector<int64_t> at(begins.begin(), begins.end() - 1);
-  for (const T& item : from) to[static_cast<size_t>(at[static_cast<size_t>(key(item))]++)] = item;
+  for (const T& item : from) to[static_cast<size_t>(begins[static_cast<size_t>(key(item))]++)] = item;
+  for (size_t k = begins.size() - 1; k > 0; --k) begins[k] = begins[k - 1];  // each has moved to where the next begins
+  begins[0] = 0;
 }
 
 }  // namespace
@@ -34,7 +36,7 @@ Span::Bounds Span::Bound(int64_t budget, int64_t tokens, int64_t snapshots) {
 
 void Span::Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots) {
   plans_.resize(plans.size());
-  size_t samples = 0, halves = 0, list = 0, members = 0, joins = 0;
+  size_t samples = 0, halves = 0, list = 0, members = 0, joins = 0, depths = 0;
   for (size_t i = 0; i < plans.size(); ++i) {
     const int64_t budget = plans[i]->setting().budget;
     const Bounds bound = Bound(budget, tokens, snapshots);
@@ -50,13 +52,16 @@ void Span::Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t 
     list += static_cast<size_t>(bound.list);
     members += static_cast<size_t>(bound.members);
     joins += static_cast<size_t>(plans[i]->setting().protect);
+    depths = std::max(depths, static_cast<size_t>(tokens + budget));  // each costs an entry
     plans[i]->ForEachCoresetSlot([&](Slot slot) { SetNode(record, slot, slot); });
   }
-  samples_.reserve(samples);
-  halves_.reserve(halves);
+  for (std::vector<SpanSample>* v : {&samples_, &sorted_samples_}) v->reserve(samples);
+  for (std::vector<SpanHalve>* v : {&halves_, &sorted_halves_}) v->reserve(halves);
   list_.reserve(list);
   members_.reserve(members);
   joins_.reserve(joins);
+  sample_begin_.reserve(depths + 2);
+  halve_begin_.reserve((depths + 1) * kClasses + 1);
 }
 
 void Span::Begin() {

@@ -56,7 +56,8 @@ class Span {
   };
   static Bounds Bound(int64_t budget, int64_t tokens, int64_t snapshots);
 
-  // Forgets all; reserves all memory that spans up to `tokens` tokens can need, so that Record cannot fail.
+  // Forgets all; reserves all memory that spans up to `tokens` tokens can need, so that neither Record nor
+  // Finish can fail.
   void Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots);
   // Begins the next span: slots hold what they held at the end of the last one.
   void Begin();
