@@ -1,4 +1,4 @@
-// Slots that hold tokens: a plan's operations one by one, with decisions that are hashes of all that they may depend on.
+// Slots that hold tokens: executes a plan's operations one by one, with hashes for decisions.
 #ifndef EXPRESS_TESTS_PLAN_SLAB_H_
 #define EXPRESS_TESTS_PLAN_SLAB_H_
 
