@@ -268,8 +268,8 @@ express_status express_attend(const express_cache* cache, int32_t layer, const e
   });
 }
 
-express_status express_append_batch(express_cache* const* caches, int64_t count, int32_t layer,
-                                    const express_tensor* k, const express_tensor* v) {
+express_status express_append_batch(express_cache* const* caches, int64_t count, int32_t layer, const express_tensor* k,
+                                    const express_tensor* v) {
   return Guard([&] {
     EXPRESS_RETURN_IF_ERROR(NotNull({{"caches", caches}, {"k", k}, {"v", v}}));
     if (count < 0) return Error(StatusCode::kInvalidArgument, "count: expected >= 0, got ", count);

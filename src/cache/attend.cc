@@ -78,8 +78,7 @@ Status CpuCache::DoAttend(int32_t layer, const Queries& args) const {
   const auto body = [&](int64_t task, int32_t) {
     const HeadState& h = head(layer, static_cast<int32_t>(task / chunks));
     const int64_t first = task % chunks * at_once;
-    const QueryRows queries{args.q,    args.out, args.lse_or_null(),
-                            h.kv_head, group,    static_cast<float>(config_.scale)};
+    const QueryRows queries{args.q, args.out, args.lse_or_null(), h.kv_head, group, static_cast<float>(config_.scale)};
     AttendRows(h, plans_.plans[h.plan].log_weight, static_cast<float>(config_.weight_exponent), queries, first,
                std::min(at_once, rows - first));
   };
@@ -93,7 +92,8 @@ Status CpuCache::DoAttend(int32_t layer, const Queries& args) const {
 
 // One task for each run of kSplit slots, when there are too few heads to go round. False if that does not pay or
 // another attention is using the room for partial results.
-bool CpuCache::AttendInParallel(int32_t layer, const Array& q, const Array& out, const Array* lse, Status* status) const {
+bool CpuCache::AttendInParallel(int32_t layer, const Array& q, const Array& out, const Array* lse,
+                                Status* status) const {
   const int64_t group = config_.query_heads / config_.kv_heads, rows = q.shape[0] * group;
   const int32_t key_dim = config_.key_dim, value_dim = config_.value_dim;
   int64_t tasks = 0;

@@ -10,8 +10,7 @@ namespace {
 // All caches must serve the same model on the same device, so that their tensors can be one.
 Status CheckAlike(const Cache* const* caches, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
-    if (caches[i] == nullptr)
-      return Error(StatusCode::kInvalidArgument, "caches[", i, "]: expected a cache, got NULL");
+    if (caches[i] == nullptr) return Error(StatusCode::kInvalidArgument, "caches[", i, "]: expected a cache, got NULL");
     const Config &a = caches[0]->config(), &b = caches[i]->config();
     const bool alike = a.layers == b.layers && a.query_heads == b.query_heads && a.kv_heads == b.kv_heads &&
                        a.key_dim == b.key_dim && a.value_dim == b.value_dim && a.dtype == b.dtype &&
@@ -56,8 +55,8 @@ Status Cache::AppendBatch(Cache* const* caches, int64_t count, int32_t layer, co
   return caches[0]->DoAppendBatch(caches, count, input);
 }
 
-Status Cache::AttendBatch(const Cache* const* caches, int64_t count, int32_t layer, const Tensor& q,
-                          const Tensor& out, const Tensor* lse) {
+Status Cache::AttendBatch(const Cache* const* caches, int64_t count, int32_t layer, const Tensor& q, const Tensor& out,
+                          const Tensor* lse) {
   EXPRESS_RETURN_IF_ERROR(CheckAlike(caches, count));
   if (count == 0) return Status();
   for (int64_t i = 0; i < count; ++i) EXPRESS_RETURN_IF_ERROR(caches[i]->CheckUsable());

@@ -36,8 +36,7 @@ Status Cache::SetStream(void* stream) { return DoSetStream(stream); }
 
 Status Cache::CheckUsable() const {
   if (!broken_) return Status();
-  return Error(StatusCode::kBroken,
-               "cache: an earlier call failed on its way; only reset and destroy are allowed");
+  return Error(StatusCode::kBroken, "cache: an earlier call failed on its way; only reset and destroy are allowed");
 }
 
 Status Cache::CheckLayer(int32_t layer, bool all_allowed) const {
@@ -49,14 +48,16 @@ Status Cache::CheckLayer(int32_t layer, bool all_allowed) const {
 Status Cache::CheckInput(const Tensor& k, const Tensor& v, int32_t layer, Input* input) const {
   const Config& c = config_;
   if (layer == kAllLayers) {
-    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "k", k, Types::kFloat, {c.layers, kAnySize, c.kv_heads, c.key_dim}, &input->k));
+    EXPRESS_RETURN_IF_ERROR(
+        CheckTensor(check_, "k", k, Types::kFloat, {c.layers, kAnySize, c.kv_heads, c.key_dim}, &input->k));
     input->tokens = input->k.shape[1];
     EXPRESS_RETURN_IF_ERROR(
         CheckTensor(check_, "v", v, Types::kFloat, {c.layers, input->tokens, c.kv_heads, c.value_dim}, &input->v));
   } else {
     EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "k", k, Types::kFloat, {kAnySize, c.kv_heads, c.key_dim}, &input->k));
     input->tokens = input->k.shape[0];
-    EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "v", v, Types::kFloat, {input->tokens, c.kv_heads, c.value_dim}, &input->v));
+    EXPRESS_RETURN_IF_ERROR(
+        CheckTensor(check_, "v", v, Types::kFloat, {input->tokens, c.kv_heads, c.value_dim}, &input->v));
   }
   input->first_layer = layer == kAllLayers ? 0 : layer;
   input->layers = layer == kAllLayers ? c.layers : 1;
@@ -104,8 +105,7 @@ Status Cache::AppendAll(const Tensor& k, const Tensor& v) {
 Status Cache::CheckQueries(int64_t tokens, const Tensor& q, const Tensor& out, const Tensor* lse,
                            Queries* queries) const {
   const Config& c = config_;
-  EXPRESS_RETURN_IF_ERROR(
-      CheckTensor(check_, "q", q, Types::kFloat, {tokens, c.query_heads, c.key_dim}, &queries->q));
+  EXPRESS_RETURN_IF_ERROR(CheckTensor(check_, "q", q, Types::kFloat, {tokens, c.query_heads, c.key_dim}, &queries->q));
   const int64_t n = queries->q.shape[0];
   EXPRESS_RETURN_IF_ERROR(
       CheckTensor(check_, "out", out, Types::kFloat, {n, c.query_heads, c.value_dim}, &queries->out));

@@ -63,7 +63,8 @@ Status Cache::CompressKv(const Config& config, const Tensor& k, const Tensor& v,
   const int64_t heads = config.kv_heads;
   const TensorCheck check = CheckFor(config);
   Array out_k_array, out_v_array, weight_array, position_array;
-  EXPRESS_RETURN_IF_ERROR(CheckTensor(check, "out_k", out_k, Types::kFloat, {heads, kAnySize, config.key_dim}, &out_k_array));
+  EXPRESS_RETURN_IF_ERROR(
+      CheckTensor(check, "out_k", out_k, Types::kFloat, {heads, kAnySize, config.key_dim}, &out_k_array));
   const int64_t capacity = out_k_array.shape[1];
   EXPRESS_RETURN_IF_ERROR(
       CheckTensor(check, "out_v", out_v, Types::kFloat, {heads, capacity, config.value_dim}, &out_v_array));

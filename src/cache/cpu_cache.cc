@@ -1,11 +1,12 @@
 // Where the parts of a CPU cache lie, and its life.
+#include "src/cache/cpu_cache.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
 #include <limits>
 #include <new>
 
-#include "src/cache/cpu_cache.h"
 #include "src/cache/message.h"
 
 namespace express::cache {
@@ -177,7 +178,8 @@ Status CpuCache::CompressOnce(const Resolved& resolved, void* memory, int64_t by
   } end{cache};
   EXPRESS_RETURN_IF_ERROR(cache->Append(0, k, v));
   for (int32_t g = 0; g < resolved.config.kv_heads; ++g) {
-    const Array weight = OfHead(out.log_weight, g), position = out.position != nullptr ? OfHead(*out.position, g) : Array{};
+    const Array weight = OfHead(out.log_weight, g),
+                position = out.position != nullptr ? OfHead(*out.position, g) : Array{};
     EXPRESS_RETURN_IF_ERROR(cache->ExportHead(g, OfHead(out.k, g), OfHead(out.v, g), &weight,
                                               out.position != nullptr ? &position : nullptr));
   }

@@ -87,16 +87,18 @@ Status CheckCudaConfig(const Config& c) {
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) {
     cudaGetLastError();
-    return Error(StatusCode::kDeviceError, "config.device_type: no CUDA device can be used: ", cudaGetErrorString(error));
+    return Error(StatusCode::kDeviceError,
+                 "config.device_type: no CUDA device can be used: ", cudaGetErrorString(error));
   }
   if (c.device_id < 0 || c.device_id >= count)
     return Error(StatusCode::kInvalidArgument, "config.device_id: expected 0 .. ", count - 1, ", got ", c.device_id);
   for (const auto& [name, dim] : {std::pair("key_dim", c.key_dim), std::pair("value_dim", c.value_dim)})
     if (dim != 64 && dim != 80 && dim != 96 && dim != 128 && dim != 192 && dim != 256)
-      return Error(StatusCode::kUnsupported, "config.", name, ": on CUDA expected 64, 80, 96, 128, 192 or 256, got ", dim);
+      return Error(StatusCode::kUnsupported, "config.", name, ": on CUDA expected 64, 80, 96, 128, 192 or 256, got ",
+                   dim);
   if (!cuda::AttendSupported(c.key_dim, c.value_dim) || !cuda::PrefillSupported(c.key_dim, c.value_dim))
-    return Error(StatusCode::kUnsupported, "config.value_dim: on CUDA key_dim ", c.key_dim, " with value_dim ", c.value_dim,
-                 " has no kernels; they may be equal, or 192 and 128");
+    return Error(StatusCode::kUnsupported, "config.value_dim: on CUDA key_dim ", c.key_dim, " with value_dim ",
+                 c.value_dim, " has no kernels; they may be equal, or 192 and 128");
   if (c.prefill_block % 64 != 0 || c.prefill_block > 8192)
     return Error(StatusCode::kUnsupported, "config.prefill_block: on CUDA expected a multiple of 64 up to 8192, got ",
                  c.prefill_block);
@@ -352,18 +354,19 @@ Status CudaCache::ExportHead(int32_t index, const Array& k, const Array& v, cons
     if (filled == kPiece) send(std::exchange(filled, 0));
   }
   send(filled);
-  const cuda::GatherHead gather{.slab_key = head.key,
-                                .slab_value = head.value,
-                                .slab_position = head.position,
-                                .key = k.data,
-                                .value = v.data,
-                                .position = position != nullptr ? reinterpret_cast<int64_t*>(position->data) : nullptr,
-                                .log_weight = log_weight != nullptr ? reinterpret_cast<float*>(log_weight->data) : nullptr,
-                                .index = entries,
-                                .to = nullptr,
-                                .weights = weights,
-                                .count = count,
-                                .kv_head = 0};
+  const cuda::GatherHead gather{
+      .slab_key = head.key,
+      .slab_value = head.value,
+      .slab_position = head.position,
+      .key = k.data,
+      .value = v.data,
+      .position = position != nullptr ? reinterpret_cast<int64_t*>(position->data) : nullptr,
+      .log_weight = log_weight != nullptr ? reinterpret_cast<float*>(log_weight->data) : nullptr,
+      .index = entries,
+      .to = nullptr,
+      .weights = weights,
+      .count = count,
+      .kv_head = 0};
   uploader.Flush();
   cuda::GatherOne(gather,
                   {.heads = nullptr,

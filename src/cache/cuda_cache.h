@@ -51,27 +51,27 @@ struct SideStream {
 // The host's side of one plan's ring.
 struct RingState {
   static constexpr int64_t kMostSteps = 256;  // records that may wait at once
-  int32_t write = 0;      // offset of the next record
-  int64_t written = 0;    // records written: the sequence number of the last one
-  int64_t launched = 0;   // of them, those that eager launches have taken up
-  int32_t begin[kMostSteps] = {};  // where record s begins, at s % kMostSteps
+  int32_t write = 0;                          // offset of the next record
+  int64_t written = 0;                        // records written: the sequence number of the last one
+  int64_t launched = 0;                       // of them, those that eager launches have taken up
+  int32_t begin[kMostSteps] = {};             // where record s begins, at s % kMostSteps
 };
 
 // Where the parts of a cache lie: on the device, and their descriptions on the host.
 struct CudaParts {
-  Plans plans;                  // host
-  cuda::Head* head_copies;      // host (layers, kv_heads)
-  cuda::Ring* ring_copies;      // host (plan_count)
-  char* plans_begin;            // host (plans_bytes): all that `plans` points to
-  char* plans_saved;            // host (plans_bytes): as it was before steps were prepared
+  Plans plans;              // host
+  cuda::Head* head_copies;  // host (layers, kv_heads)
+  cuda::Ring* ring_copies;  // host (plan_count)
+  char* plans_begin;        // host (plans_bytes): all that `plans` points to
+  char* plans_saved;        // host (plans_bytes): as it was before steps were prepared
   int64_t plans_bytes;
-  RingState* ring_states;       // host (plan_count)
-  uint8_t* ahead;               // host (layers): one step is planned, and its halvings are enqueued
-  int32_t* record;              // host (record_words): one record, encoded
-  int64_t record_words;         // the longest one
-  cuda::Head* heads;            // device (layers, kv_heads)
-  cuda::Ring* rings;            // device (plan_count)
-  int32_t* slot_scratch;        // device (2, most budget): lists of slots and weights of an export
+  RingState* ring_states;  // host (plan_count)
+  uint8_t* ahead;          // host (layers): one step is planned, and its halvings are enqueued
+  int32_t* record;         // host (record_words): one record, encoded
+  int64_t record_words;    // the longest one
+  cuda::Head* heads;       // device (layers, kv_heads)
+  cuda::Ring* rings;       // device (plan_count)
+  int32_t* slot_scratch;   // device (2, most budget): lists of slots and weights of an export
 };
 
 class CudaCache final : public Cache {
@@ -116,7 +116,7 @@ class CudaCache final : public Cache {
   bool Capturing() const;
   int64_t Pending(int32_t plan) const;  // records written and, as far as the host knows, not taken up
   bool AllLayersEven() const;
-  bool HasRoom(int32_t plan) const;                        // for any one record more
+  bool HasRoom(int32_t plan) const;                          // for any one record more
   void WriteRecord(int32_t plan, cuda::Uploader& uploader);  // plans_.operations, as the next record
   bool PlanToken(int32_t plan, cuda::Uploader& uploader);    // true if the record has a halving
   // Whether halvings may run ahead of their token, for all layers in one launch: under the schedule of rounds a list can

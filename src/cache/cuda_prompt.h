@@ -21,7 +21,7 @@ class PromptRun {
 
   // Of what a workspace for prompts up to `tokens` tokens is made. `block` 0: no attention.
   struct Shape {
-    int64_t span, blocks;  // of one span
+    int64_t span, blocks;                           // of one span
     int64_t nodes, samples, halves, list, members;  // of a plan, of a span
   };
   static Shape ShapeOf(const Config& config, int64_t most_budget, int64_t tokens, int64_t block);
@@ -39,9 +39,9 @@ class PromptRun {
  private:
   // Device memory.
   struct Memory {
-    cuda::SpanPlan* plans;        // (plan_count)
-    cuda::SpanHead* span_heads;   // (2, kv_heads): by the parity of the span
-    cuda::AdmitHead* admit_heads;  // (kv_heads), by plan
+    cuda::SpanPlan* plans;             // (plan_count)
+    cuda::SpanHead* span_heads;        // (2, kv_heads): by the parity of the span
+    cuda::AdmitHead* admit_heads;      // (kv_heads), by plan
     cuda::PrefillHead* prefill_heads;  // (2, kv_heads): by parity
     cuda::GatherHead* gather_heads;    // (kv_heads)
     cuda::GatherHead* stage_heads;     // (kv_heads)
@@ -49,9 +49,9 @@ class PromptRun {
     cuda::SpanHalve* halves;
     int32_t* list;
     cuda::SpanMember* members;
-    cuda::SpanDepartures* departures;   // (plan_count)
-    cuda::SpanStorePlan* store_plans;   // (plan_count)
-    cuda::SpanStoreHead* store_heads;   // (kv_heads)
+    cuda::SpanDepartures* departures;  // (plan_count)
+    cuda::SpanStorePlan* store_plans;  // (plan_count)
+    cuda::SpanStoreHead* store_heads;  // (kv_heads)
   };
   struct PlanMemory {
     int32_t *heads, *sink_index, *old_tail, *slot_nodes, *snapshot_at, *code, *to;
@@ -109,7 +109,7 @@ class PromptRun {
   };
   std::vector<Begin> begin_;
   std::vector<std::vector<int32_t>> joined_;  // per plan: slots of the protected entries, in order
-  std::vector<cuda::AdmitHead> admit_;  // (kv_heads), by plan
+  std::vector<cuda::AdmitHead> admit_;        // (kv_heads), by plan
   std::vector<cuda::SpanBlock> blocks_;
   std::vector<int32_t> ints_, more_ints_, ranks_;
   std::vector<float> floats_;

@@ -1,8 +1,7 @@
 // The public C++ handle: a pointer to the cache, checked for emptiness.
-#include "express/cache.h"
-
 #include <vector>
 
+#include "express/cache.h"
 #include "src/cache/cache.h"
 
 namespace express {

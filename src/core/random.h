@@ -47,7 +47,8 @@ constexpr uint32_t DrawBits(const StreamKey& key, RandomPurpose purpose, uint64_
 }
 
 // True with probability weight / total, to within 2^-64.
-constexpr bool DrawChance(const StreamKey& key, RandomPurpose purpose, uint64_t number, uint64_t weight, uint64_t total) {
+constexpr bool DrawChance(const StreamKey& key, RandomPurpose purpose, uint64_t number, uint64_t weight,
+                          uint64_t total) {
   const Philox bits = Philox4x32(
       {0, static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32), static_cast<uint32_t>(purpose)}, key.key0,
       key.key1);

@@ -24,11 +24,11 @@ __device__ __forceinline__ int32_t DepartureIndex(const AdmitArgs& args, const A
 // ---- scores ----
 
 constexpr int kThreads = 256;
-constexpr int kSummers = 128;                     // threads that sum, by dimension; the others score, by key
-constexpr int kMostTile = kThreads - kSummers;    // keys of a tile
-constexpr int64_t kTileBytes = 36 * 1024;         // of one of the two tiles at most: three blocks fit a multiprocessor
-constexpr int64_t kMostRuns = 16;                 // of a block
-constexpr int64_t kBlocks = 352;                  // that are wanted before a block takes more than one run
+constexpr int kSummers = 128;                   // threads that sum, by dimension; the others score, by key
+constexpr int kMostTile = kThreads - kSummers;  // keys of a tile
+constexpr int64_t kTileBytes = 36 * 1024;       // of one of the two tiles at most: three blocks fit a multiprocessor
+constexpr int64_t kMostRuns = 16;               // of a block
+constexpr int64_t kBlocks = 352;                // that are wanted before a block takes more than one run
 
 struct Shape {
   int32_t tile;    // keys
@@ -205,10 +205,10 @@ class Scorer {
   const AdmitArgs& args_;
   const Shape& shape_;
   const AdmitHead& head_;
-  float* mean_;  // (key_dim), shared: of the run in hand
-  float* sum_;   // (key_dim), shared
-  char* tiles_;  // (2, tile, stride), shared
-  int32_t pieces_;  // of 16 bytes, of a key
+  float* mean_;                      // (key_dim), shared: of the run in hand
+  float* sum_;                       // (key_dim), shared
+  char* tiles_;                      // (2, tile, stride), shared
+  int32_t pieces_;                   // of 16 bytes, of a key
   int32_t first_row_, first_piece_;  // of a tile, that this thread copies
   const int32_t thread_ = static_cast<int32_t>(threadIdx.x);
 };
@@ -490,8 +490,8 @@ class Selection {
   const AdmitArgs& args_;
   const AdmitHead& head_;
   SelectionMemory& memory_;
-  float* score_;     // (protect)
-  int32_t* entry_;   // (protect)
+  float* score_;    // (protect)
+  int32_t* entry_;  // (protect)
   int32_t count_ = 0;
   Weakest weakest_;  // of warp 0
   mutable int parity_ = 0;

@@ -100,7 +100,9 @@ struct Worker {
     float lowest = std::numeric_limits<float>::infinity();
     int32_t best = -1;
     int64_t age = -1;
-    const auto better = [](float s, int64_t p, float than, int64_t than_p) { return s < than || (s == than && p > than_p); };
+    const auto better = [](float s, int64_t p, float than, int64_t than_p) {
+      return s < than || (s == than && p > than_p);
+    };
     for (int32_t i = thread; i < head.protect; i += kThreads) {
       const float s = head.score[i];
       const int64_t p = head.position[head.protected_slot[i]];
@@ -271,10 +273,12 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
   const Head& head = args.heads[blockIdx.y][blockIdx.x];
   Ring& ring = args.rings[blockIdx.y][head.plan];
   const Worker<T, kPart> worker{args, head, shared, row, reduced, found};
-  const auto layer = static_cast<int64_t>(blockIdx.x) / args.kv_heads, kv_head = static_cast<int64_t>(blockIdx.x) % args.kv_heads;
+  const auto layer = static_cast<int64_t>(blockIdx.x) / args.kv_heads,
+             kv_head = static_cast<int64_t>(blockIdx.x) % args.kv_heads;
   const int64_t cache = args.row[blockIdx.y];
   const auto at = [&](const Rows& rows, int64_t cache_stride, int64_t layer_stride, int64_t step) {
-    const int64_t element = cache * cache_stride + layer * layer_stride + kv_head * rows.head_stride + step * rows.row_stride;
+    const int64_t element =
+        cache * cache_stride + layer * layer_stride + kv_head * rows.head_stride + step * rows.row_stride;
     return static_cast<const char*>(rows.data) + element * SizeOf(rows.dtype);
   };
   int32_t offset = ring.cursor, sequence = ring.sequence;
@@ -286,7 +290,8 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
     if (!complete) break;
     ++sequence;
     const int32_t* body = record + kRecordHeader;
-    worker.Run(body, body + record[1], (record[2] & kHoisted) != 0, at(args.k, args.k_cache_stride, args.k_layer_stride, step),
+    worker.Run(body, body + record[1], (record[2] & kHoisted) != 0,
+               at(args.k, args.k_cache_stride, args.k_layer_stride, step),
                at(args.v, args.v_cache_stride, args.v_layer_stride, step));
     offset += kRecordHeader + record[1];
   }
@@ -313,11 +318,13 @@ __global__ void ResetKernel(const Head* heads, int32_t head_count, Ring* rings, 
 
 void ResetHeads(const Head* heads, int32_t head_count, Ring* rings, int32_t ring_count, int32_t key_dim,
                 cudaStream_t stream) {
-  ResetKernel<<<static_cast<uint32_t>(head_count + ring_count), kThreads, 0, stream>>>(heads, head_count, rings, key_dim);
+  ResetKernel<<<static_cast<uint32_t>(head_count + ring_count), kThreads, 0, stream>>>(heads, head_count, rings,
+                                                                                       key_dim);
 }
 
 size_t HalveScratch(int32_t longest_list) {
-  return static_cast<size_t>((longest_list / 2 + 255) / 256 * 256) + (HalveScratchBytes(longest_list) + 255) / 256 * 256;
+  return static_cast<size_t>((longest_list / 2 + 255) / 256 * 256) +
+         (HalveScratchBytes(longest_list) + 255) / 256 * 256;
 }
 
 void Execute(const ExecuteArgs& args, cudaStream_t stream) {

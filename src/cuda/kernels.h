@@ -18,22 +18,22 @@ namespace express::cuda {
 
 // One head stream, described in device memory. Pointers are device pointers.
 struct Head {
-  void* key;              // (capacity, key_dim) of the storage type, rows without gaps, 256-byte aligned
-  void* value;            // (capacity, value_dim)
-  int64_t* position;      // (capacity)
-  float* log_weight;      // (capacity): -inf = free slot, whose key and value may be anything, NaN included
-  float* mean;            // (key_dim): mu, the centre of the scores
-  float* sum;             // (key_dim): sum of the keys of the running run of departures
-  float* score;           // (protect): ||k - mu||^2 at departure, for good
-  int32_t* protected_slot;  // (protect)
+  void* key;                 // (capacity, key_dim) of the storage type, rows without gaps, 256-byte aligned
+  void* value;               // (capacity, value_dim)
+  int64_t* position;         // (capacity)
+  float* log_weight;         // (capacity): -inf = free slot, whose key and value may be anything, NaN included
+  float* mean;               // (key_dim): mu, the centre of the scores
+  float* sum;                // (key_dim): sum of the keys of the running run of departures
+  float* score;              // (protect): ||k - mu||^2 at departure, for good
+  int32_t* protected_slot;   // (protect)
   int32_t* protected_count;  // (2): protected so far; index of the weakest once full
-  float* partial;         // (partial_splits, kPartialRows, value_dim + 2): for split attention, shared by layers
-  int32_t* ticket;        // (1): zero between launches
-  int32_t capacity;       // slots
-  int32_t protect;        // P
-  int32_t leader;         // 1: the head that writes the log_weight that all heads of its plan share
-  int32_t plan;           // index into the cache's rings
-  char* halve_scratch;    // HalveScratchBytes(longest list)
+  float* partial;            // (partial_splits, kPartialRows, value_dim + 2): for split attention, shared by layers
+  int32_t* ticket;           // (1): zero between launches
+  int32_t capacity;          // slots
+  int32_t protect;           // P
+  int32_t leader;            // 1: the head that writes the log_weight that all heads of its plan share
+  int32_t plan;              // index into the cache's rings
+  char* halve_scratch;       // HalveScratchBytes(longest list)
   StreamKey stream;
 };
 
@@ -51,7 +51,7 @@ struct HalveParams {  // as on the CPU
 
 // ---- steps (execute.cu) ----
 
-struct Ring;  // ring.h
+struct Ring;                               // ring.h
 inline constexpr int32_t kMaxBatch = 256;  // caches of one launch
 
 // kHalvings and kRest, one after the other, do what kAll does for records whose halvings may run ahead (kHoisted, ring.h);
@@ -155,7 +155,7 @@ struct SpanBlock {
   int32_t sinks;                     // of them in the list
   int32_t old_tail_begin, old_tail;  // of SpanPlan::old_tail
 };
-struct SpanPlan {  // device memory
+struct SpanPlan {             // device memory
   const int32_t* heads;       // (head_count): KV heads of the layer
   const int32_t* sink_index;  // (sinks): entries
   const int32_t* old_tail;    // slots of the exact tail when the call began, oldest first
@@ -164,7 +164,7 @@ struct SpanPlan {  // device memory
   int32_t head_count, budget;
 };
 inline constexpr int32_t kNoNode = -1;
-struct SpanHead {  // device memory
+struct SpanHead {        // device memory
   const void* slab_key;  // as in PrefillHead
   const void* slab_value;
   int32_t* values;           // (nodes): of this span
@@ -187,7 +187,7 @@ struct SpanArgs {
   const int32_t* list;
   const SpanMember* members;
   int32_t plan_count, kv_heads, most_heads;  // most_heads: of one plan
-  bool first_span;  // slots hold what the slabs hold
+  bool first_span;                           // slots hold what the slabs hold
   int32_t key_dim, value_dim;
   DType dtype;
   Rows k, v;
@@ -269,8 +269,8 @@ void GatherOne(const GatherHead& head, const GatherArgs& args, cudaStream_t stre
 // held when the block began: a far list, and rows [begin, block start) exactly, begin = clamp(max(sinks, P - tail) -
 // first_position, 0, block start), P being the block's first position. One launch covers blocks
 // [first_block, first_block + blocks) counted from the block that holds row 0 (it may begin before row 0).
-struct PrefillHead {      // one KV head; device memory
-  const void* slab_key;   // (capacity, key_dim): what far indices below zero refer to
+struct PrefillHead {     // one KV head; device memory
+  const void* slab_key;  // (capacity, key_dim): what far indices below zero refer to
   const void* slab_value;
   const int32_t* far_index;  // (blocks, far_capacity): j >= 0: row j of k and v; j < 0: slot -1 - j of the slab
   const float* far_bias;     // (blocks, far_capacity): exponent * log weight
@@ -303,7 +303,7 @@ void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multip
 struct AdmitHead {  // one KV head; device memory
   const void* slab_key;
   const int64_t* slab_position;
-  float* mean;   // state as in Head, brought up to date
+  float* mean;  // state as in Head, brought up to date
   float* sum;
   float* score;
   int32_t* protected_count;
@@ -311,8 +311,8 @@ struct AdmitHead {  // one KV head; device memory
   const int32_t* source;     // (source_count)
   float* scores;             // (count): scratch
   float* run_means;          // (count / 256 + 4, key_dim): scratch
-  int32_t* loser;            // (count): the entry that goes on to the coreset after departure first + i; kSkip: none, it joined
-  int32_t* snapshots;        // (snapshots, protect): protected entries after `snapshot_at[s]` departures of this call
+  int32_t* loser;  // (count): the entry that goes on to the coreset after departure first + i; kSkip: none, it joined
+  int32_t* snapshots;  // (snapshots, protect): protected entries after `snapshot_at[s]` departures of this call
   int32_t protect;
   int32_t kv_head;  // of k
 };
@@ -320,12 +320,12 @@ struct AdmitArgs {
   const AdmitHead* heads;  // (head_count), alike in `protect`
   int32_t head_count, key_dim, protect;
   DType dtype;
-  Rows k;                // the prompt's keys, of the storage type
-  int64_t first, count;  // departures
-  int64_t source_count;  // departures from `first` on that `source` knows, more than `count` perhaps
-  int64_t centre;        // > 0: departure 0 is among them, and so many entries of the exact tail are its centre
-  int64_t first_row;     // row of departure first + source_count
-  int64_t first_position;  // of row 0
+  Rows k;                      // the prompt's keys, of the storage type
+  int64_t first, count;        // departures
+  int64_t source_count;        // departures from `first` on that `source` knows, more than `count` perhaps
+  int64_t centre;              // > 0: departure 0 is among them, and so many entries of the exact tail are its centre
+  int64_t first_row;           // row of departure first + source_count
+  int64_t first_position;      // of row 0
   const int32_t* snapshot_at;  // (snapshots), ascending, 0 .. count; device memory
   int32_t snapshots;
 };

@@ -29,7 +29,7 @@ enum RingOp : int32_t {
 
 // One plan's ring; device memory.
 struct Ring {
-  int32_t* words;     // (capacity)
+  int32_t* words;  // (capacity)
   int32_t capacity;
   int32_t heads;      // that execute each record
   int32_t cursor;     // offset of the next record

@@ -10,7 +10,8 @@ namespace {
 // Stable counting sort by key(item) in [0, keys); begins[k] is where key k begins, begins[keys] the end. Allocates nothing
 // where both vectors have room.
 template <class T, class Key>
-void SortBy(const std::vector<T>& from, int32_t keys, const Key& key, std::vector<T>& to, std::vector<int64_t>& begins) {
+void SortBy(const std::vector<T>& from, int32_t keys, const Key& key, std::vector<T>& to,
+            std::vector<int64_t>& begins) {
   begins.assign(static_cast<size_t>(keys) + 1, 0);
   for (const T& item : from) ++begins[static_cast<size_t>(key(item)) + 1];
   for (size_t k = 1; k < begins.size(); ++k) begins[k] += begins[k - 1];
@@ -112,8 +113,7 @@ void Span::Snapshot(PlanRecord& record, const Plan& plan) {
     members_.push_back({record.node[static_cast<size_t>(slot)],
                         static_cast<float>(std::log(static_cast<double>(plan.weights()[slot])))});
   record.snapshots.push_back({begin, static_cast<int32_t>(record.coreset.size()),
-                              static_cast<int32_t>(record.departures),
-                              static_cast<int32_t>(plan.protected_count())});
+                              static_cast<int32_t>(record.departures), static_cast<int32_t>(plan.protected_count())});
   record.open_sample = -1;  // what it has given so far is read: it must not change any more
 }
 
@@ -158,8 +158,8 @@ void Span::AddHalve(PlanRecord& record, int32_t plan, const Op& op, const Slot* 
 void Span::Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Operations& operations) {
   PlanRecord& record = plans_[static_cast<size_t>(index)];
   // Departures have the first nodes, known or not, so that the candidates of a sample are consecutive.
-  const int64_t room = plan.setting().sinks + plan.setting().tail() - std::min(plan.tokens(), plan.setting().sinks) -
-                       plan.tail_count();
+  const int64_t room =
+      plan.setting().sinks + plan.setting().tail() - std::min(plan.tokens(), plan.setting().sinks) - plan.tail_count();
   const int64_t departures = std::max<int64_t>(0, tokens - room);
   const auto first_departure = static_cast<int32_t>(record.nodes);
   for (int64_t i = 0; i < departures; ++i) NewNode(record, 0);
@@ -189,10 +189,11 @@ void Span::Finish(const int32_t (&bounds)[kClasses - 1]) {
   const auto length_class = [&](int32_t count) {
     return static_cast<int32_t>(std::lower_bound(std::begin(bounds), std::end(bounds), count) - std::begin(bounds));
   };
-  SortBy(samples_, depths_ + 1, [](const SpanSample& s) { return s.depth; }, sorted_samples_, sample_begin_);
   SortBy(
-      halves_, (depths_ + 1) * kClasses,
-      [&](const SpanHalve& h) { return h.depth * kClasses + length_class(h.count); }, sorted_halves_, halve_begin_);
+      samples_, depths_ + 1, [](const SpanSample& s) { return s.depth; }, sorted_samples_, sample_begin_);
+  SortBy(
+      halves_, (depths_ + 1) * kClasses, [&](const SpanHalve& h) { return h.depth * kClasses + length_class(h.count); },
+      sorted_halves_, halve_begin_);
   samples_.swap(sorted_samples_);
   halves_.swap(sorted_halves_);
 }

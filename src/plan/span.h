@@ -92,10 +92,10 @@ class Span {
 
  private:
   struct PlanRecord {
-    std::vector<int32_t> node;      // (budget)
-    std::vector<int32_t> depth;     // (nodes)
-    std::vector<int32_t> coreset;   // slots with a node, in no order
-    std::vector<int32_t> place;     // (budget): where in coreset
+    std::vector<int32_t> node;     // (budget)
+    std::vector<int32_t> depth;    // (nodes)
+    std::vector<int32_t> coreset;  // slots with a node, in no order
+    std::vector<int32_t> place;    // (budget): where in coreset
     std::vector<SpanSnapshot> snapshots;
     int64_t departures = 0;
     int64_t nodes = 0;

@@ -376,12 +376,13 @@ TEST_F(Errors, AParallelForThatDoesTooLittleBreaksTheCacheUntilReset) {
 TEST(Status, NamesAreComplete) {
   for (int i = 0; i <= EXPRESS_STATUS_RING_FULL; ++i)
     EXPECT_EQ(std::string(express_status_name(static_cast<express_status>(i))).rfind("EXPRESS_STATUS_", 0), 0u);
-  EXPECT_STREQ(express_status_name(static_cast<express_status>(EXPRESS_STATUS_RING_FULL + 1)), "EXPRESS_STATUS_UNKNOWN");
+  EXPECT_STREQ(express_status_name(static_cast<express_status>(EXPRESS_STATUS_RING_FULL + 1)),
+               "EXPRESS_STATUS_UNKNOWN");
   EXPECT_STREQ(express_status_name(static_cast<express_status>(-1)), "EXPRESS_STATUS_UNKNOWN");
   const uint32_t version = express_version();
-  EXPECT_EQ(std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." +
-                std::to_string(version % 100),
-            express_version_string());
+  EXPECT_EQ(
+      std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100),
+      express_version_string());
 }
 
 }  // namespace

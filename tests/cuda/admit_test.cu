@@ -103,13 +103,27 @@ std::vector<T> Keys(const Case& c, int64_t count, std::mt19937& rng) {
       const float one = few[static_cast<size_t>(d)];
       float x = 0;
       switch (c.kind) {
-        case Kind::kGaussian: x = normal(rng); break;
-        case Kind::kDrift: x = normal(rng) + 3 * std::sin(20 * age + one); break;
-        case Kind::kIncreasing: x = one * (0.1f + 100 * age * age) * (i % 2 == 0 ? 1.0f : -1.0f); break;
-        case Kind::kDecreasing: x = one * (0.1f + 100 * (1 - age)) * (i % 2 == 0 ? 1.0f : -1.0f); break;
-        case Kind::kEqual: x = one; break;
-        case Kind::kFewValues: x = few[static_cast<size_t>(which * c.dim + d)]; break;
-        case Kind::kInfinite: x = normal(rng) * (i % 3 == 0 ? 1e19f : i % 3 == 1 ? 1e20f : 1.0f); break;
+        case Kind::kGaussian:
+          x = normal(rng);
+          break;
+        case Kind::kDrift:
+          x = normal(rng) + 3 * std::sin(20 * age + one);
+          break;
+        case Kind::kIncreasing:
+          x = one * (0.1f + 100 * age * age) * (i % 2 == 0 ? 1.0f : -1.0f);
+          break;
+        case Kind::kDecreasing:
+          x = one * (0.1f + 100 * (1 - age)) * (i % 2 == 0 ? 1.0f : -1.0f);
+          break;
+        case Kind::kEqual:
+          x = one;
+          break;
+        case Kind::kFewValues:
+          x = few[static_cast<size_t>(which * c.dim + d)];
+          break;
+        case Kind::kInfinite:
+          x = normal(rng) * (i % 3 == 0 ? 1e19f : i % 3 == 1 ? 1e20f : 1.0f);
+          break;
       }
       keys[static_cast<size_t>(i * c.dim + d)] = Rounded<T>(x);
     }
@@ -121,10 +135,10 @@ std::vector<T> Keys(const Case& c, int64_t count, std::mt19937& rng) {
 template <class T>
 struct Stream {
   int64_t dim, capacity, first_position;
-  std::vector<T> slab_key;            // (slots, dim)
+  std::vector<T> slab_key;  // (slots, dim)
   std::vector<int64_t> slab_position;
-  std::vector<T> row_key;             // (rows, dim)
-  std::vector<int32_t> order;         // entry of every departure
+  std::vector<T> row_key;      // (rows, dim)
+  std::vector<int32_t> order;  // entry of every departure
   std::vector<float> mean, sum, score;
   std::vector<int32_t> entry;  // protected
   int64_t weakest = 0;
@@ -132,9 +146,7 @@ struct Stream {
   float last_score = 0;
 
   const T* Key(int32_t e) const { return e < 0 ? &slab_key[static_cast<size_t>(-1 - e) * dim] : &row_key[e * dim]; }
-  int64_t Position(int32_t e) const {
-    return e < 0 ? slab_position[static_cast<size_t>(-1 - e)] : first_position + e;
-  }
+  int64_t Position(int32_t e) const { return e < 0 ? slab_position[static_cast<size_t>(-1 - e)] : first_position + e; }
   void CentreOn(int64_t count) {
     for (int64_t d = 0; d < dim; ++d) {
       float all = 0;
@@ -220,9 +232,14 @@ Stream<T> MakeStream(const Case& c, std::mt19937& rng) {
 template <class T>
 struct DeviceStream {
   DeviceStream(const Case& c, const Stream<T>& s)
-      : slab_key(s.slab_key), slab_position(s.slab_position), mean(s.mean), sum(s.sum), score(Size(c.protect)),
+      : slab_key(s.slab_key),
+        slab_position(s.slab_position),
+        mean(s.mean),
+        sum(s.sum),
+        score(Size(c.protect)),
         count(std::vector<int32_t>{static_cast<int32_t>(s.entry.size()), static_cast<int32_t>(s.weakest)}),
-        entry(Size(c.protect)), source(s.order) {
+        entry(Size(c.protect)),
+        source(s.order) {
     score.Set(s.score);
     entry.Set(s.entry);
     if (c.before == 0 && c.centre > 0) mean.Poison();  // the first call finds it
@@ -285,7 +302,9 @@ class Runner {
 
   struct Results {
     Results(int64_t count, size_t snapshots, const Case& c)
-        : scores(Size(count)), run_means(Size((count / 256 + 4) * c.dim)), loser(Size(count)),
+        : scores(Size(count)),
+          run_means(Size((count / 256 + 4) * c.dim)),
+          loser(Size(count)),
           snapshot(snapshots * Size(c.protect)) {}
     static size_t Size(int64_t count) { return static_cast<size_t>(count); }
     Array<float> scores, run_means;
@@ -311,22 +330,35 @@ class Runner {
       results.push_back(std::make_unique<Results>(count, times.size(), c_));
       const DeviceStream<T>& d = *devices_[static_cast<size_t>(h)];
       const Results& r = *results.back();
-      heads.push_back({.slab_key = d.slab_key.data(), .slab_position = d.slab_position.data(), .mean = d.mean.data(),
-                       .sum = d.sum.data(), .score = d.score.data(), .protected_count = d.count.data(),
+      heads.push_back({.slab_key = d.slab_key.data(),
+                       .slab_position = d.slab_position.data(),
+                       .mean = d.mean.data(),
+                       .sum = d.sum.data(),
+                       .score = d.score.data(),
+                       .protected_count = d.count.data(),
                        .protected_index = d.entry.data(),
-                       .source = d.source.data() + c_.before + std::min(from, c_.sources), .scores = r.scores.data(),
-                       .run_means = r.run_means.data(), .loser = r.loser.data(), .snapshots = r.snapshot.data(),
-                       .protect = c_.protect, .kv_head = KvHead(h)});
+                       .source = d.source.data() + c_.before + std::min(from, c_.sources),
+                       .scores = r.scores.data(),
+                       .run_means = r.run_means.data(),
+                       .loser = r.loser.data(),
+                       .snapshots = r.snapshot.data(),
+                       .protect = c_.protect,
+                       .kv_head = KvHead(h)});
     }
     const Array<AdmitHead> device_heads(heads);
-    const AdmitArgs args{.heads = device_heads.data(), .head_count = c_.heads, .key_dim = c_.dim,
-                         .protect = c_.protect, .dtype = c_.dtype,
+    const AdmitArgs args{.heads = device_heads.data(),
+                         .head_count = c_.heads,
+                         .key_dim = c_.dim,
+                         .protect = c_.protect,
+                         .dtype = c_.dtype,
                          .k = {rows_.data(), RowStride(), HeadStride(), c_.dtype},
-                         .first = c_.before + from, .count = count,
+                         .first = c_.before + from,
+                         .count = count,
                          .source_count = std::max<int64_t>(0, c_.sources - from),
                          .centre = c_.before + from == 0 && count > 0 ? c_.centre : 0,
                          .first_row = kSkipped + std::max<int64_t>(0, from - c_.sources),
-                         .first_position = streams_[0].first_position, .snapshot_at = snapshot_at.data(),
+                         .first_position = streams_[0].first_position,
+                         .snapshot_at = snapshot_at.data(),
                          .snapshots = static_cast<int32_t>(times.size())};
     Admit(args, nullptr);
     CHECK_CUDA(cudaGetLastError());
@@ -394,8 +426,8 @@ TEST_F(AdmitTest, SameAsOneByOne) {
 
 TEST_F(AdmitTest, Adversarial) {
   uint32_t seed = 1000;
-  for (const Kind kind : {Kind::kDrift, Kind::kIncreasing, Kind::kDecreasing, Kind::kEqual, Kind::kFewValues,
-                          Kind::kInfinite})
+  for (const Kind kind :
+       {Kind::kDrift, Kind::kIncreasing, Kind::kDecreasing, Kind::kEqual, Kind::kFewValues, Kind::kInfinite})
     for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
       for (const int32_t protect : {1, 7, 33, 197, 256, 257, 788, 3000}) {
         if (kind == Kind::kInfinite && dtype == DType::kF16) continue;  // it has no such numbers
@@ -419,8 +451,16 @@ TEST_F(AdmitTest, ShortCalls) {
   for (uint32_t seed = 3000; seed < 3060 && !HasFailure(); ++seed) {
     std::mt19937 rng(seed);
     const auto below = [&](uint32_t n) { return static_cast<int64_t>(rng() % n); };
-    const Case c{DType::kBF16, 128, static_cast<int32_t>(1 + below(60)), below(1100), below(40), 1 + below(700),
-                 1 + below(60), static_cast<Kind>(below(6)), below(40), static_cast<int32_t>(1 + below(5))};
+    const Case c{DType::kBF16,
+                 128,
+                 static_cast<int32_t>(1 + below(60)),
+                 below(1100),
+                 below(40),
+                 1 + below(700),
+                 1 + below(60),
+                 static_cast<Kind>(below(6)),
+                 below(40),
+                 static_cast<int32_t>(1 + below(5))};
     Check({c.dtype, c.dim, c.protect, c.before, c.sources, c.rows, c.calls, c.kind,
            std::min(c.centre, c.sources + c.rows), c.heads},
           seed);
@@ -467,17 +507,35 @@ void Time(int32_t heads, int32_t protect, int64_t count) {
       run_means(per_head(means));
   std::vector<AdmitHead> host;
   for (int64_t h = 0; h < heads; ++h)
-    host.push_back({.slab_key = nullptr, .slab_position = nullptr, .mean = mean.data() + h * kDim,
-                    .sum = sum.data() + h * kDim, .score = score.data() + h * protect,
-                    .protected_count = counts.data() + 2 * h, .protected_index = entry.data() + h * protect,
-                    .source = nullptr, .scores = scores.data() + h * count, .run_means = run_means.data() + h * means,
-                    .loser = loser.data() + h * count, .snapshots = snapshot.data() + h * protect * snapshots,
-                    .protect = protect, .kv_head = static_cast<int32_t>(h)});
+    host.push_back({.slab_key = nullptr,
+                    .slab_position = nullptr,
+                    .mean = mean.data() + h * kDim,
+                    .sum = sum.data() + h * kDim,
+                    .score = score.data() + h * protect,
+                    .protected_count = counts.data() + 2 * h,
+                    .protected_index = entry.data() + h * protect,
+                    .source = nullptr,
+                    .scores = scores.data() + h * count,
+                    .run_means = run_means.data() + h * means,
+                    .loser = loser.data() + h * count,
+                    .snapshots = snapshot.data() + h * protect * snapshots,
+                    .protect = protect,
+                    .kv_head = static_cast<int32_t>(h)});
   const Array<AdmitHead> device(host);
-  const AdmitArgs args{.heads = device.data(), .head_count = heads, .key_dim = kDim, .protect = protect,
-                       .dtype = DType::kBF16, .k = {keys.data(), heads * kDim, kDim, DType::kBF16}, .first = 0,
-                       .count = count, .source_count = 0, .centre = 256, .first_row = 0, .first_position = 0,
-                       .snapshot_at = at.data(), .snapshots = static_cast<int32_t>(snapshots)};
+  const AdmitArgs args{.heads = device.data(),
+                       .head_count = heads,
+                       .key_dim = kDim,
+                       .protect = protect,
+                       .dtype = DType::kBF16,
+                       .k = {keys.data(), heads * kDim, kDim, DType::kBF16},
+                       .first = 0,
+                       .count = count,
+                       .source_count = 0,
+                       .centre = 256,
+                       .first_row = 0,
+                       .first_position = 0,
+                       .snapshot_at = at.data(),
+                       .snapshots = static_cast<int32_t>(snapshots)};
   cudaEvent_t begin, end;
   CHECK_CUDA(cudaEventCreate(&begin));
   CHECK_CUDA(cudaEventCreate(&end));

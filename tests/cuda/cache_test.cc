@@ -179,7 +179,8 @@ TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
           cuts.push_back(std::min<int64_t>(tokens, cuts.back() + (layer == 0 ? 1 + rng() % 1500 : tokens)));
         for (size_t i = 0; i + 1 < cuts.size(); ++i) {
           const int64_t at = cuts[i], n = cuts[i + 1] - at;
-          ASSERT_OK(pair.cpu.Prefill(layer, q.Cpu(at, n), k.Cpu(at, n), v.Cpu(at, n), out.Cpu(at, n), lse.Cpu(at, n).get()));
+          ASSERT_OK(
+              pair.cpu.Prefill(layer, q.Cpu(at, n), k.Cpu(at, n), v.Cpu(at, n), out.Cpu(at, n), lse.Cpu(at, n).get()));
         }
         out.Upload();
         lse.Upload();
@@ -194,12 +195,13 @@ TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
           ASSERT_CUDA(cudaMalloc(&scratch, bytes));
           ASSERT_CUDA(cudaMemset(scratch, 0xFF, bytes));
           const Workspace workspace{scratch, bytes};
-          ASSERT_OK(pair.gpu.Prefill(layer, q.Gpu(at, n), k.Gpu(at, n), v.Gpu(at, n), out.Gpu(at, n), lse.Gpu(at, n).get(),
-                                     &workspace));
+          ASSERT_OK(pair.gpu.Prefill(layer, q.Gpu(at, n), k.Gpu(at, n), v.Gpu(at, n), out.Gpu(at, n),
+                                     lse.Gpu(at, n).get(), &workspace));
           ASSERT_CUDA(cudaStreamSynchronize(stream_));
           ASSERT_CUDA(cudaFree(scratch));
         }
-        const double error = RelativeError(out.Floats(), expected), lse_error = RelativeError(lse.Floats(), expected_lse);
+        const double error = RelativeError(out.Floats(), expected),
+                     lse_error = RelativeError(lse.Floats(), expected_lse);
         // A near-tie decided otherwise changes what later queries see, a little.
         const double tolerance = dtype == DType::kF32 ? 2e-3 : 2e-2;
         EXPECT_LT(error, tolerance) << "variant " << variant << " layer " << layer;
@@ -233,7 +235,8 @@ TEST_F(CacheTest, AppendsGoOnAfterAPrefill) {
       for (int32_t layer = 0; layer < c.layers; ++layer) {
         ASSERT_OK(pair.cpu.Append(layer, k.Cpu(at, n), v.Cpu(at, n)));
         if (prefill) {
-          ASSERT_OK(pair.gpu.Prefill(layer, q.Gpu(at, n), k.Gpu(at, n), v.Gpu(at, n), out.Gpu(at, n), nullptr, &workspace));
+          ASSERT_OK(
+              pair.gpu.Prefill(layer, q.Gpu(at, n), k.Gpu(at, n), v.Gpu(at, n), out.Gpu(at, n), nullptr, &workspace));
         } else {
           ASSERT_OK(pair.gpu.Append(layer, k.Gpu(at, n), v.Gpu(at, n)));
         }
@@ -342,8 +345,8 @@ TEST_F(CacheTest, GraphReplayEqualsEagerCalls) {
     ASSERT_CUDA(cudaStreamEndCapture(stream_, &graph));
     ASSERT_CUDA(cudaGraphInstantiate(&exec, graph, 0));
     const auto copy = [&](Mirror& to, Mirror& from, int64_t row, int64_t bytes) {
-      ASSERT_CUDA(cudaMemcpyAsync(to.device(), static_cast<char*>(from.device()) + row * bytes, static_cast<size_t>(bytes),
-                                  cudaMemcpyDeviceToDevice, stream_));
+      ASSERT_CUDA(cudaMemcpyAsync(to.device(), static_cast<char*>(from.device()) + row * bytes,
+                                  static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_));
     };
     int64_t left = 0, differences = 0;
     for (int64_t t = 10; t < kTokens; ++t) {

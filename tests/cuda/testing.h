@@ -98,8 +98,13 @@ class Mirror {
     Part part{{}, shape_};
     part.shape[0] = rows;
     char* base = device == DeviceType::kCpu ? host_.data() : static_cast<char*>(device_);
-    part.tensor = {base + first * count_ / shape_[0] * SizeOf(dtype_), device, 0, dtype_,
-                   static_cast<int32_t>(shape_.size()), nullptr, nullptr};
+    part.tensor = {base + first * count_ / shape_[0] * SizeOf(dtype_),
+                   device,
+                   0,
+                   dtype_,
+                   static_cast<int32_t>(shape_.size()),
+                   nullptr,
+                   nullptr};
     return part;
   }
   Part Gpu(int64_t first, int64_t rows) { return On(DeviceType::kCuda, first, rows); }
