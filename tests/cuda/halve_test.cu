@@ -258,7 +258,7 @@ class HalveTest : public testing::Test {
   void SetUp() override {
     int devices = 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0)
-      GTEST_SKIP() << "NO CUDA DEVICE: NOTHING IS TESTED";
+      GTEST_SKIP() << "NO NVIDIA GPU ON THIS MACHINE: THIS TEST DID NOT RUN";
   }
   static constexpr DType kDType = sizeof(T) == 4 ? DType::kF32 : std::is_same_v<T, Half> ? DType::kF16 : DType::kBF16;
 };
