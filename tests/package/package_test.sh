@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Installs the library and uses it as a stranger would. One step per CTest test:
-#   package_test.sh STEP SOURCE_DIR BUILD_DIR CC CXX
+#   package_test.sh STEP SOURCE_DIR BUILD_DIR CC CXX CUDA     (CUDA: ON if BUILD_DIR's library has the backend, else OFF)
 set -euo pipefail
-step=$1 source=$2 build=$3 cc=$4 cxx=$5
+step=$1 source=$2 build=$3 cc=$4 cxx=$5 cuda=$6
 
 work=$build/tests/package/work
 prefix=$work/prefix # where `install` leaves the shared library
@@ -23,6 +23,24 @@ use_prefix() {
   export PKG_CONFIG_PATH LD_LIBRARY_PATH
 }
 
+# use_without_gpu PREFIX ON|OFF PKG_CONFIG_OPTION...: builds no_gpu.c against the installation, with CUDA or without, and
+# runs it
+use_without_gpu() {
+  local program=$1/no_gpu expected=EXPRESS_STATUS_UNSUPPORTED status=0
+  if [[ $2 == ON ]]; then expected=EXPRESS_STATUS_DEVICE_ERROR; fi
+  shift 2
+  # shellcheck disable=SC2046 # the flags are words
+  "$cc" -std=c99 "${flags[@]}" -DEXPECTED_STATUS=$expected "$source/tests/package/no_gpu.c" \
+    $(pkg-config "$@" --cflags --libs express) -o "$program"
+  "$program" || status=$?
+  [[ $status -eq 0 || $status -eq 77 ]] || fail "no_gpu: exit code $status"
+}
+
+# The CUDA runtime is inside and looks for the driver when it is needed; nothing of CUDA is needed to load FILE.
+needs_no_cuda() {
+  if readelf -d "$1" | grep NEEDED | grep -iE 'cuda|nvidia'; then fail "$1 does not load without the libraries above"; fi
+}
+
 case $step in
   install)
     # Installed to one place and moved to another: neither express.pc nor the CMake package may remember the first.
@@ -34,6 +52,8 @@ case $step in
     cmp "$source/capi/express.h" "$prefix/include/express.h"
     [[ -e $(libdir "$prefix")/libexpress.so.1 ]] || fail "libexpress.so.1 was not installed"
     readelf -d "$(libdir "$prefix")/libexpress.so" | grep -q 'SONAME.*\[libexpress\.so\.1\]' || fail "wrong SONAME"
+    needs_no_cuda "$(libdir "$prefix")/libexpress.so"
+    if grep -rIiE 'cudart|/cuda' "$(libdir "$prefix")"; then fail "a program with the shared library needs nothing of CUDA"; fi
     ;;
   headers) # every installed header stands alone
     headers=("$prefix"/include/express.h "$prefix"/include/express/*.h)
@@ -50,6 +70,7 @@ case $step in
     "$cc" -std=c99 "${flags[@]}" "$source/examples/c/decode_loop.c" $(pkg-config --cflags --libs express) -lm \
       -o "$work/decode_loop_c"
     "$work/decode_loop_c"
+    use_without_gpu "$prefix" "$cuda"
     ;;
   cmake)
     cmake -S "$source/examples/cpp" -B "$work/cpp" -G Ninja -DCMAKE_PREFIX_PATH="$prefix" -DCMAKE_CXX_COMPILER="$cxx" \
@@ -77,8 +98,9 @@ add_subdirectory("$source" express)
 add_executable(decode_loop "$source/examples/cpp/decode_loop.cc")
 target_link_libraries(decode_loop PRIVATE express::express)
 PROJECT
-    # -O1: this is about linking, and the optimised build is tested elsewhere.
-    cmake -S "$static/project" -B "$static/build" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DCMAKE_CXX_FLAGS=-O1
+    # -O1 and intermediate code alone: this is about linking, and the optimised build is tested elsewhere.
+    cmake -S "$static/project" -B "$static/build" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DCMAKE_CXX_FLAGS=-O1 \
+      -DEXPRESS_CUDA="$cuda" -DCMAKE_CUDA_ARCHITECTURES=90-virtual
     cmake --build "$static/build"
     "$static/build/decode_loop"
     if [[ -n $(find "$static/build" -name '*_test*' -type f) ]]; then fail "a subproject must not build our tests"; fi
@@ -90,12 +112,25 @@ PROJECT
     "$cc" -std=c99 "${flags[@]}" "$source/examples/c/decode_loop.c" $(pkg-config --static --cflags --libs express) -lm \
       -o "$static/decode_loop_c"
     if ldd "$static/decode_loop_c" | grep -q libexpress; then fail "linked dynamically"; fi
+    needs_no_cuda "$static/decode_loop_c"
     "$static/decode_loop_c"
+    use_without_gpu "$static/prefix" "$cuda" --static
 
     cmake -S "$source/examples/cpp" -B "$static/cpp" -G Ninja -DCMAKE_PREFIX_PATH="$static/prefix" \
       -DCMAKE_CXX_COMPILER="$cxx" -DCMAKE_BUILD_TYPE=Release
     cmake --build "$static/cpp"
     "$static/cpp/decode_loop"
+    ;;
+  without_cuda)
+    # The same library without CUDA, as where there is no CUDA compiler: the same symbols, and no word of CUDA.
+    cmake -S "$source" -B "$work/without_cuda" -G Ninja -DCMAKE_CXX_COMPILER="$cxx" -DCMAKE_CXX_FLAGS=-O1 \
+      -DCMAKE_BUILD_TYPE=None -DEXPRESS_CUDA=OFF -DEXPRESS_BUILD_TESTS=OFF -DEXPRESS_BUILD_BENCH=OFF
+    cmake --build "$work/without_cuda"
+    CC=$cc "$source/scripts/update_symbols.sh" --check "$work/without_cuda/libexpress.so"
+    cmake --install "$work/without_cuda" --prefix "$work/without_cuda/prefix" >/dev/null
+    use_prefix "$work/without_cuda/prefix"
+    needs_no_cuda "$(libdir "$work/without_cuda/prefix")/libexpress.so"
+    use_without_gpu "$work/without_cuda/prefix" OFF
     ;;
   *) fail "no step '$step'" ;;
 esac
