@@ -18,7 +18,8 @@ step "Setting up and building (log: $log)"
 scripts/setup.sh demo
 mkdir -p build
 build_all() {
-  cmake --preset release -B "$build" -DEXPRESS_BUILD_TESTS=OFF -DEXPRESS_BUILD_BENCH=OFF
+  # The engine computes on the CPU.
+  cmake --preset release -B "$build" -DEXPRESS_CUDA=OFF -DEXPRESS_BUILD_TESTS=OFF -DEXPRESS_BUILD_BENCH=OFF
   cmake --build "$build" -j "$jobs"
   build_engine "$build"
 }
