@@ -19,7 +19,8 @@ step "Setting up"
 scripts/setup.sh test
 
 step "Building the library, its tests and benchmarks ($preset)"
-cmake --preset "$preset"
+mkdir -p "$build"
+cmake --preset "$preset" | tee "$build/configure.log"
 cmake --build "$build" -j "$jobs"
 
 step "Building examples/byte_lm against the installed library"
@@ -28,20 +29,25 @@ build_engine "$build" -DEXPRESS_LM_WERROR="$werror"
 # The library's tests and the engine's, as one CTest run with one summary.
 mkdir -p "$build/all_tests"
 printf 'subdirs("%s" "%s")\n' "$PWD/$build" "$PWD/$build/byte_lm" >"$build/all_tests/CTestTestfile.cmake"
-for part in "$build" "$build/byte_lm"; do
+for part in library engine; do
+  directory=$build
+  if [[ $part == engine ]]; then directory=$build/byte_lm; fi
   # Into a file: under pipefail an early-closed pipe would count as a failure of ctest.
-  ctest --test-dir "$part" -N >"$build/all_tests/listing.txt"
-  if grep -q '^Total Tests: 0$' "$build/all_tests/listing.txt"; then
-    echo "test.sh: no tests in $part" >&2
+  ctest --test-dir "$directory" -N >"$build/all_tests/$part.txt"
+  if grep -q '^Total Tests: 0$' "$build/all_tests/$part.txt"; then
+    echo "test.sh: no tests in $directory" >&2
     exit 1
   fi
 done
 
-if ! nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
-  step "NO NVIDIA GPU ON THIS MACHINE: GPU TESTS ARE SKIPPED (this version has no CUDA backend, hence none yet)"
-else
-  step "A GPU is here, but this version has no CUDA backend: there are no GPU tests"
+gpus=$(nvidia-smi -L 2>/dev/null | grep '^GPU' || true)
+notice="The CUDA backend was built; its tests run on: $gpus"
+if ! grep -q ' cuda/' "$build/all_tests/library.txt"; then
+  notice="NO CUDA BACKEND WAS BUILT, NOR ITS TESTS: $(grep -o 'Express: .*' "$build/configure.log" | head -n 1)"
+elif [[ -z $gpus ]]; then
+  notice="NO NVIDIA GPU ON THIS MACHINE: GPU TESTS (cuda/*) ARE SKIPPED; the CUDA backend was compiled only"
 fi
+step "$notice"
 
 step "Testing"
 trap - ERR
@@ -55,19 +61,24 @@ counts=$(python3 - "$junit" <<'PYTHON'
 import sys
 import xml.etree.ElementTree as ElementTree
 
-passed = failed = skipped = 0
+passed = failed = skipped = skipped_gpu = 0
 for case in ElementTree.parse(sys.argv[1]).getroot().iter("testcase"):
     reason = case.find("skipped")
     if case.get("status") == "run":
         passed += 1
     elif case.get("status") == "disabled" or (reason is not None and reason.get("message", "").startswith("SKIP_")):
         skipped += 1
+        skipped_gpu += case.get("name").startswith("cuda/")
     else:
         failed += 1
-print(passed, failed, skipped)
+print(passed, failed, skipped, skipped_gpu)
 PYTHON
 )
-read -r passed failed skipped <<<"$counts"
-printf '\n%d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+read -r passed failed skipped skipped_gpu <<<"$counts"
+if [[ -n $gpus && $skipped_gpu -ne 0 ]]; then
+  notice="NVIDIA-SMI FINDS A GPU THAT GPU TESTS CANNOT USE: $skipped_gpu of cuda/* were skipped. Is the driver too old?"
+  status=1
+fi
+printf '\n%s\n%d passed, %d failed, %d skipped\n' "$notice" "$passed" "$failed" "$skipped"
 if [[ $status -eq 0 && $failed -ne 0 ]]; then status=1; fi
 exit "$status"
