@@ -9,7 +9,8 @@
 namespace express::cache {
 namespace {
 
-static_assert(sizeof(plan::SpanSample) == sizeof(cuda::SpanSample) && sizeof(plan::SpanHalve) == sizeof(cuda::SpanHalve) &&
+static_assert(sizeof(plan::SpanSample) == sizeof(cuda::SpanSample) &&
+              sizeof(plan::SpanHalve) == sizeof(cuda::SpanHalve) &&
               sizeof(plan::SpanMember) == sizeof(cuda::SpanMember));
 static_assert(offsetof(plan::SpanSample, out) == offsetof(cuda::SpanSample, out) &&
               offsetof(plan::SpanHalve, out) == offsetof(cuda::SpanHalve, out) &&
@@ -27,7 +28,9 @@ int64_t MostBudget(const Plans& plans) {
 PromptRun::Shape PromptRun::ShapeOf(const Config&, int64_t most_budget, int64_t tokens, int64_t block) {
   // Short prompts in a few spans too, so that there is something to overlap.
   const int64_t wanted = std::max<int64_t>(2048, (tokens / 4 + 2047) / 2048 * 2048);
-  const int64_t span = block > 0 ? std::min({tokens, kSpan, (std::max(wanted, block) + block - 1) / block * block}) : std::min(tokens, kSpan), blocks = block > 0 ? span / block + 2 : 1;
+  const int64_t span = block > 0 ? std::min({tokens, kSpan, (std::max(wanted, block) + block - 1) / block * block})
+                                 : std::min(tokens, kSpan),
+                blocks = block > 0 ? span / block + 2 : 1;
   const plan::Span::Bounds bound = plan::Span::Bound(most_budget, span, blocks);
   return {span, blocks, bound.nodes, bound.samples, bound.halves, bound.list, bound.members};
 }
@@ -105,11 +108,13 @@ int64_t PromptRun::Bytes(const CudaCache& cache, int64_t tokens, bool attention)
   Arena arena;
   Memory memory;
   const int64_t block = attention ? cache.config_.prefill_block : 0;
-  Layout(cache, ShapeOf(cache.config_, MostBudget(cache.plans_), tokens, block), attention, arena, &memory, nullptr, nullptr);
+  Layout(cache, ShapeOf(cache.config_, MostBudget(cache.plans_), tokens, block), attention, arena, &memory, nullptr,
+         nullptr);
   return arena.overflow() ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(arena.used());
 }
 
-PromptRun::PromptRun(CudaCache& cache, int32_t layer, const Input& input, const CudaCache::Queries* queries, void* workspace)
+PromptRun::PromptRun(CudaCache& cache, int32_t layer, const Input& input, const CudaCache::Queries* queries,
+                     void* workspace)
     : cache_(cache),
       layer_(layer),
       input_(input),
@@ -159,8 +164,12 @@ void PromptRun::Describe() {
     const PlanState& state = plan(i);
     const PlanMemory& m = plan_memory_[static_cast<size_t>(i)];
     const Begin& begin = begin_[static_cast<size_t>(i)];
-    const cuda::SpanPlan span_plan{m.heads,      m.sink_index,     m.old_tail,
-                                   m.blocks,     m.slot_nodes,     state.head_count,
+    const cuda::SpanPlan span_plan{m.heads,
+                                   m.sink_index,
+                                   m.old_tail,
+                                   m.blocks,
+                                   m.slot_nodes,
+                                   state.head_count,
                                    static_cast<int32_t>(state.plan.setting().budget)};
     uploader_.Add(memory_.plans + i, &span_plan, sizeof(span_plan));
     uploader_.Add(m.old_tail, begin.old_tail.data(), begin.old_tail.size() * sizeof(int32_t));
@@ -177,19 +186,19 @@ void PromptRun::Describe() {
       const cuda::Head& device = head(kv_head);
       uploader_.Add(hm.source, ints_.data(), ints_.size() * sizeof(int32_t));
       admit_.push_back({.slab_key = device.key,
-                       .slab_position = device.position,
-                       .mean = device.mean,
-                       .sum = device.sum,
-                       .score = device.score,
-                       .protected_count = device.protected_count,
-                       .protected_index = hm.protected_index,
-                       .source = hm.source,
-                       .scores = hm.scores,
-                       .run_means = hm.run_means,
-                       .loser = nullptr,
-                       .snapshots = hm.snapshots,
-                       .protect = device.protect,
-                       .kv_head = kv_head});
+                        .slab_position = device.position,
+                        .mean = device.mean,
+                        .sum = device.sum,
+                        .score = device.score,
+                        .protected_count = device.protected_count,
+                        .protected_index = hm.protected_index,
+                        .source = hm.source,
+                        .scores = hm.scores,
+                        .run_means = hm.run_means,
+                        .loser = nullptr,
+                        .snapshots = hm.snapshots,
+                        .protect = device.protect,
+                        .kv_head = kv_head});
     }
   }
   uploader_.Add(memory_.admit_heads, admit_.data(), admit_.size() * sizeof(cuda::AdmitHead));
@@ -477,8 +486,7 @@ void PromptRun::ListEntries(int32_t i) {
   for (int32_t h = 0; h < state.head_count; ++h) {
     const int32_t kv_head = cache_.plans_.plan_heads[state.first_head + h] % cache_.config_.kv_heads;
     const cuda::Head& device = head(kv_head);
-    if (!joined.empty())
-      uploader_.Add(device.protected_slot + before, joined.data(), joined.size() * sizeof(int32_t));
+    if (!joined.empty()) uploader_.Add(device.protected_slot + before, joined.data(), joined.size() * sizeof(int32_t));
     if (output_ == nullptr && device.leader != 0)
       uploader_.Add(device.log_weight, floats_.data(), floats_.size() * sizeof(float));
     DescribeCopies(kv_head, store.count);
@@ -592,7 +600,8 @@ Status CudaCache::DoPrefill(int32_t layer, const Queries& queries, const Input& 
     return Error(StatusCode::kSizeOverflow, "k.shape: expected fewer than 2^31 tokens in one call, got ", input.tokens);
   const int64_t bytes = PromptRun::Bytes(*this, input.tokens, true);
   if (workspace.data == nullptr)
-    return Error(StatusCode::kInvalidArgument, "workspace: expected ", bytes, " bytes (express_workspace_size), got NULL");
+    return Error(StatusCode::kInvalidArgument, "workspace: expected ", bytes,
+                 " bytes (express_workspace_size), got NULL");
   EXPRESS_RETURN_IF_ERROR(check_.check_pointer("workspace", workspace.data, config_.device_id));
   if (reinterpret_cast<uintptr_t>(workspace.data) % 256 != 0)
     return Error(StatusCode::kInvalidArgument, "workspace.data: expected an address aligned to 256");

@@ -88,8 +88,9 @@ Status CudaCache::CheckUnderflow() const {
   if (progress_ == nullptr) return Status();
   for (int32_t i = 0; i < plans_.plan_count; ++i)
     if (static_cast<const volatile int32_t*>(progress_)[2 * i + 1] != 0)
-      return Error(StatusCode::kBroken,
-                   "cache: a graph was replayed more often than steps were prepared; only reset and destroy are allowed");
+      return Error(
+          StatusCode::kBroken,
+          "cache: a graph was replayed more often than steps were prepared; only reset and destroy are allowed");
   return Status();
 }
 
@@ -286,8 +287,7 @@ Status CudaCache::IngestLayer(const Input& input, int32_t layer) {
 // Operations without tokens: halvings ahead of need, slots set free.
 Status CudaCache::ExecuteOperations(int32_t plan) {
   const DeviceScope scope(config_.device_id);
-  if (Capturing())
-    return Error(StatusCode::kUnsupported, "cache: compress and rollback cannot be captured in a graph");
+  if (Capturing()) return Error(StatusCode::kUnsupported, "cache: compress and rollback cannot be captured in a graph");
   const int32_t layer = plans_.plans[plan].layer;
   cuda::Uploader uploader(stream_);
   // The other plans of the layer take part with an empty record.
@@ -371,7 +371,8 @@ Status CudaCache::DoAttend(int32_t layer, const Queries& queries) const {
   return AttendCaches(&self, 1, layer, queries, queries.q.shape[0]);
 }
 
-Status CudaCache::DoAttendBatch(const Cache* const* caches, int64_t count, int32_t layer, const Queries& queries) const {
+Status CudaCache::DoAttendBatch(const Cache* const* caches, int64_t count, int32_t layer,
+                                const Queries& queries) const {
   EXPRESS_RETURN_IF_ERROR(CheckOneStream(caches, count));
   return AttendCaches(caches, count, layer, queries, 1);
 }
@@ -449,7 +450,7 @@ Status CudaCache::DoAppendBatch(Cache* const* caches, int64_t count, const Input
       const auto row = static_cast<int32_t>(i);
       const bool ahead = captured ? layer == 0 && cache->Hoistable() : cache->PlanStep(layer, uploader);
       if (ahead) cache->CopyHeads(0, row, &halvings);
-      const cuda::Part part = !captured             ? cache->TakeStep(layer)
+      const cuda::Part part = !captured            ? cache->TakeStep(layer)
                               : cache->Hoistable() ? cuda::Part::kRest
                                                    : cuda::Part::kAll;
       cache->CopyHeads(layer, row, part == cuda::Part::kRest ? &rest : &all);

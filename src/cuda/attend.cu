@@ -20,8 +20,8 @@ namespace {
 
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
-constexpr int kTile = 16;     // keys of a warp at a time
-constexpr int kQueries = 8;   // columns of a product
+constexpr int kTile = 16;    // keys of a warp at a time
+constexpr int kQueries = 8;  // columns of a product
 constexpr int kSplitUnit = kTile * kWarps;
 // Blocks of a multiprocessor, and whether the registers of so many take two tiles per warp.
 constexpr int kResident = 2;
@@ -167,7 +167,8 @@ __device__ void Finish(const Launch& launch, const Head& head, const float* out,
   float* share = scratch;  // (rows, splits)
   for (int32_t row = thread / kWarp; row < rows; row += kWarps) {
     Merged m;
-    for (int32_t s = thread % kWarp; s < splits; s += kWarp) m.Add(__ldcg(at(s, row) + dim), __ldcg(at(s, row) + dim + 1));
+    for (int32_t s = thread % kWarp; s < splits; s += kWarp)
+      m.Add(__ldcg(at(s, row) + dim), __ldcg(at(s, row) + dim + 1));
     const float top = WarpReduce(m.max, [](float x, float y) { return fmaxf(x, y); });
     float sum = m.max == kMinusInfinity ? 0 : m.sum * Exp2(m.max - top);
     sum = WarpReduce(sum, [](float x, float y) { return x + y; });
@@ -202,11 +203,11 @@ __device__ void Finish(const Launch& launch, const Head& head, const float* out,
 // One warp's share: kTiles column tiles of 8 queries.
 template <class T, int kKeyDim, int kValueDim, int kTiles>
 struct WarpState {
-  static constexpr int kPieces = (kKeyDim / 8 + 3) / 4;       // 16-byte pieces of a key per thread
-  static constexpr int kGroups = (kValueDim + 63) / 64;       // of 64 dims of a value
-  uint4 q[kTiles][kPieces];                                   // of query g
-  float out[kTiles][kGroups][4][4];                           // O^T: row tile j of the group
-  float max[kTiles][2], sum[kTiles][2];                       // of queries 2t, 2t + 1; base 2
+  static constexpr int kPieces = (kKeyDim / 8 + 3) / 4;  // 16-byte pieces of a key per thread
+  static constexpr int kGroups = (kValueDim + 63) / 64;  // of 64 dims of a value
+  uint4 q[kTiles][kPieces];                              // of query g
+  float out[kTiles][kGroups][4][4];                      // O^T: row tile j of the group
+  float max[kTiles][2], sum[kTiles][2];                  // of queries 2t, 2t + 1; base 2
   int g, t;
 
   static __device__ bool HasPiece(int piece) { return kKeyDim % 32 == 0 || piece < kKeyDim / 8; }
@@ -240,7 +241,8 @@ struct WarpState {
   };
 
   // 16 keys from `first` on; own_weight: log weight of key first + lane for lanes below 16, -inf for a free slot.
-  __device__ __forceinline__ void Load(const T* key, const T* value, int64_t first, float own_weight, Flight& flight) const {
+  __device__ __forceinline__ void Load(const T* key, const T* value, int64_t first, float own_weight,
+                                       Flight& flight) const {
     auto& [weight, k, v] = flight;
     float value_weight[4];
 #pragma unroll
@@ -282,9 +284,9 @@ struct WarpState {
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-      s[i] = weight[i / 2] == kMinusInfinity
-                 ? kMinusInfinity
-                 : fminf(fmaxf(s[i] * scale, -kLargestLogit), kLargestLogit) * kLog2E + exponent * weight[i / 2] * kLog2E;
+      s[i] = weight[i / 2] == kMinusInfinity ? kMinusInfinity
+                                             : fminf(fmaxf(s[i] * scale, -kLargestLogit), kLargestLogit) * kLog2E +
+                                                   exponent * weight[i / 2] * kLog2E;
     float top[2] = {fmaxf(s[0], s[2]), fmaxf(s[1], s[3])};
 #pragma unroll
     for (int offset = 4; offset < kWarp; offset *= 2)
@@ -303,7 +305,8 @@ struct WarpState {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint32_t a[4] = {__byte_perm(rows[0][j], rows[1][j], 0x5410), __byte_perm(rows[0][j], rows[1][j], 0x7632),
-                               __byte_perm(rows[2][j], rows[3][j], 0x5410), __byte_perm(rows[2][j], rows[3][j], 0x7632)};
+                               __byte_perm(rows[2][j], rows[3][j], 0x5410),
+                               __byte_perm(rows[2][j], rows[3][j], 0x7632)};
         Mma<T>(out[n][i][j], a, p0, p1);
       }
     }
@@ -354,8 +357,9 @@ struct WarpState {
 
 // grid: (splits, KV heads, caches)
 template <class T, int kKeyDim, int kValueDim, int kTiles>
-__global__ __launch_bounds__(kThreads, kAhead<kKeyDim, kTiles> ? kResident : 1) void AttendKernel(
-    const __grid_constant__ Launch launch) {
+__global__ __launch_bounds__(kThreads, kAhead<kKeyDim, kTiles>
+                                           ? kResident
+                                           : 1) void AttendKernel(const __grid_constant__ Launch launch) {
   extern __shared__ __align__(16) float shared[];  // (warps, rows, value_dim), (warps, rows, 2)
   const AttendArgs& args = launch.args;
   const Head& head = args.heads[blockIdx.z][blockIdx.y];
@@ -429,7 +433,8 @@ __global__ __launch_bounds__(kThreads) void AttendPlainKernel(const __grid_const
                                                 : ToFloat(static_cast<const BFloat16*>(row)[d]);
     }
   }
-  const int64_t begin = int64_t{blockIdx.x} * launch.split, end = min(static_cast<int64_t>(head.capacity), begin + launch.split);
+  const int64_t begin = int64_t{blockIdx.x} * launch.split,
+                end = min(static_cast<int64_t>(head.capacity), begin + launch.split);
   for (int64_t j = begin + warp; j < end; j += kWarps) {
     const float weight = head.log_weight[j];
     if (weight == kMinusInfinity) continue;
@@ -479,14 +484,16 @@ __global__ __launch_bounds__(kThreads) void AttendPlainKernel(const __grid_const
 // As many splits of every head as fill whole rounds of resident blocks best, few rather than many: a split costs its start
 // and a partial result.
 int32_t SplitLength(const AttendArgs& args, int32_t multiprocessors) {
-  const int64_t heads = int64_t{args.caches} * args.kv_heads, resident = int64_t{kResident} * std::max(1, multiprocessors);
+  const int64_t heads = int64_t{args.caches} * args.kv_heads,
+                resident = int64_t{kResident} * std::max(1, multiprocessors);
   const int64_t units = CeilDiv(args.max_capacity, kSplitUnit);
   int64_t best = 1;
   double best_cost = 0;
   for (int64_t splits = 1; splits <= std::min(units, kMostSplits); ++splits) {
     const auto rounds = static_cast<double>(CeilDiv(heads * splits, resident));
     // In units of keys of one warp group: a block's own work, and what its beginning and end take.
-    const double cost = rounds * (static_cast<double>(CeilDiv(units, splits)) + 2.0) + 0.05 * static_cast<double>(splits);
+    const double cost =
+        rounds * (static_cast<double>(CeilDiv(units, splits)) + 2.0) + 0.05 * static_cast<double>(splits);
     if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
   }
   return static_cast<int32_t>(CeilDiv(units, best) * kSplitUnit);
@@ -535,7 +542,8 @@ void RunDims(const Launch& launch, cudaStream_t stream) {
 }  // namespace
 
 bool AttendSupported(int32_t key_dim, int32_t value_dim) {
-  const bool known = key_dim == 64 || key_dim == 80 || key_dim == 96 || key_dim == 128 || key_dim == 192 || key_dim == 256;
+  const bool known =
+      key_dim == 64 || key_dim == 80 || key_dim == 96 || key_dim == 128 || key_dim == 192 || key_dim == 256;
   return known && (key_dim == value_dim || (key_dim == 192 && value_dim == 128));
 }
 

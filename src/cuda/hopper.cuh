@@ -71,28 +71,28 @@ __device__ __forceinline__ uint64_t SharedMatrix(uint32_t address, uint32_t lead
 // The same matrix from `bytes` on.
 __device__ __forceinline__ uint64_t Advance(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
 
-#define EXPRESS_REGISTERS_32 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                             \
+#define EXPRESS_REGISTERS_32                                               \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define EXPRESS_REGISTERS_64 \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                             \
-  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                                   \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                                   \
+#define EXPRESS_REGISTERS_64                                                         \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "           \
+  "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define EXPRESS_SUMS_32 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),                      \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),              \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-#define EXPRESS_SUMS_64 \
-  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]),                      \
-  "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]),                \
-  "+f"(d[16]), "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),              \
-  "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]),              \
-  "+f"(d[32]), "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]),              \
-  "+f"(d[40]), "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]),              \
-  "+f"(d[48]), "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]),              \
-  "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define EXPRESS_SUMS_32                                                                                       \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+      "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),  \
+      "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
+      "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
+#define EXPRESS_SUMS_64                                                                                       \
+  "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), \
+      "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),  \
+      "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]), \
+      "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31]), "+f"(d[32]), \
+      "+f"(d[33]), "+f"(d[34]), "+f"(d[35]), "+f"(d[36]), "+f"(d[37]), "+f"(d[38]), "+f"(d[39]), "+f"(d[40]), \
+      "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]), \
+      "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]), \
+      "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
 
 // d (64 x 2 kCount) of a warpgroup: warp w has rows 16 w .. 16 w + 15, laid out as the c of Mma, 8 columns after 8.
 // a (64 x 16) and b (16 x 2 kCount) are in shared memory, both by rows of the contraction: a row holds a query's or a key's
@@ -101,29 +101,29 @@ template <class T, bool kAccumulate, int kCount>
 __device__ __forceinline__ void ProductOfRows(float (&d)[kCount], uint64_t a, uint64_t b) {
   static_assert(kCount == 32 || kCount == 64);
   if constexpr (kCount == 32 && std::is_same_v<T, BFloat16>)
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32
-                 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-                 : EXPRESS_SUMS_32
-                 : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+        : EXPRESS_SUMS_32
+        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
   else if constexpr (kCount == 32 && std::is_same_v<T, Half>)
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32
-                 "}, %32, %33, p, 1, 1, 0, 0;\n}"
-                 : EXPRESS_SUMS_32
-                 : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+        : EXPRESS_SUMS_32
+        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
   else if constexpr (kCount == 64 && std::is_same_v<T, BFloat16>)
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64
-                 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-                 : EXPRESS_SUMS_64
-                 : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        : EXPRESS_SUMS_64
+        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
   else if constexpr (kCount == 64 && std::is_same_v<T, Half>)
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64
-                 "}, %64, %65, p, 1, 1, 0, 0;\n}"
-                 : EXPRESS_SUMS_64
-                 : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        : EXPRESS_SUMS_64
+        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
 }
 
 // d += a b. a (64 x 16) in registers, laid out as the a of Mma; b (16 x 2 kCount): a row of shared memory holds one row of b.
@@ -131,29 +131,33 @@ template <class T, int kCount>
 __device__ __forceinline__ void Product(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
   static_assert(kCount == 32 || kCount == 64);
   if constexpr (kCount == 32 && std::is_same_v<T, BFloat16>)
-    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32
-                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
-                 : EXPRESS_SUMS_32
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+        : EXPRESS_SUMS_32
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   else if constexpr (kCount == 32 && std::is_same_v<T, Half>)
-    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32
-                 "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
-                 : EXPRESS_SUMS_32
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+        : EXPRESS_SUMS_32
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   else if constexpr (kCount == 64 && std::is_same_v<T, BFloat16>)
-    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64
-                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
-                 : EXPRESS_SUMS_64
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+        : EXPRESS_SUMS_64
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
   else if constexpr (kCount == 64 && std::is_same_v<T, Half>)
-    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64
-                 "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
-                 : EXPRESS_SUMS_64
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64
+        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
+        : EXPRESS_SUMS_64
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
 }
 
 #undef EXPRESS_REGISTERS_32

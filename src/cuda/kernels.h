@@ -286,8 +286,8 @@ struct PrefillArgs {
   Rows q, k, v, out;
   float* lse;  // or null
   int64_t lse_row_stride, lse_head_stride;
-  int64_t tokens;          // rows of the prompt
-  int64_t first_position;  // of row 0
+  int64_t tokens;               // rows of the prompt
+  int64_t first_position;       // of row 0
   int32_t block, block_offset;  // block_offset: first_position % block
   int64_t first_block, blocks;
   float scale;

@@ -51,8 +51,8 @@ struct Flash {
     for (int i = thread; i < kRows * KeyLayout::kPieces; i += kThreads) {
       const int row = i / KeyLayout::kPieces, piece = i % KeyLayout::kPieces;
       const bool valid = job.first + row < job.last;
-      CopyAsync16(query + KeyLayout::At(row, piece), RowAt(args.q, valid ? job.first + row : job.first, job.query_head) + piece * 16,
-                  valid);
+      CopyAsync16(query + KeyLayout::At(row, piece),
+                  RowAt(args.q, valid ? job.first + row : job.first, job.query_head) + piece * 16, valid);
     }
   }
 
@@ -65,7 +65,8 @@ struct Flash {
   __device__ __forceinline__ void CopyRow(int i, int stage, const char* key, const char* value, bool valid) const {
     const int j = thread / kTogether + i * kApart, piece = thread % kTogether;
     if (piece < KeyLayout::kPieces) CopyAsync16(KeyStage(stage) + KeyLayout::At(j, piece), key + piece * 16, valid);
-    if (piece < ValueLayout::kPieces) CopyAsync16(ValueStage(stage) + ValueLayout::At(j, piece), value + piece * 16, valid);
+    if (piece < ValueLayout::kPieces)
+      CopyAsync16(ValueStage(stage) + ValueLayout::At(j, piece), value + piece * 16, valid);
   }
 
   __device__ __forceinline__ void LoadFar(int tile, int stage) const {
@@ -78,7 +79,8 @@ struct Flash {
     for (int i = 0; i < kEach; ++i) {
       const bool row = index[i] >= 0;
       const int64_t at = row ? index[i] : -1 - index[i];
-      CopyRow(i, stage, (row ? key_rows : static_cast<const char*>(head.slab_key)) + at * (row ? key_bytes : kKeyDim * 2),
+      CopyRow(i, stage,
+              (row ? key_rows : static_cast<const char*>(head.slab_key)) + at * (row ? key_bytes : kKeyDim * 2),
               (row ? value_rows : static_cast<const char*>(head.slab_value)) + at * (row ? value_bytes : kValueDim * 2),
               first + i * kApart < far_count);
     }
@@ -158,7 +160,8 @@ struct Flash {
         }
       return;
     }
-    const int64_t first_key = job.begin + int64_t{tile - far_tiles} * kKeys, first_row = job.first + warp * kMTiles * 16;
+    const int64_t first_key = job.begin + int64_t{tile - far_tiles} * kKeys,
+                  first_row = job.first + warp * kMTiles * 16;
     if (first_key + kKeys - 1 <= first_row) return;
     const auto away = static_cast<int>(first_row - first_key);  // key j is seen by row r if j <= r + away
 #pragma unroll
@@ -240,7 +243,8 @@ struct Flash {
         for (int n = 0; n < kValueDim / 8; ++n)
           to[n * 4 + lane % 4] = Pack<T>(out[m][n][2 * r] * inverse, out[m][n][2 * r + 1] * inverse);
         if (args.lse != nullptr && lane % 4 == 0)
-          args.lse[row * args.lse_row_stride + job.query_head * args.lse_head_stride] = max[m][r] * args.scale + logf(total);
+          args.lse[row * args.lse_row_stride + job.query_head * args.lse_head_stride] =
+              max[m][r] * args.scale + logf(total);
       }
   }
 
@@ -267,7 +271,9 @@ struct Flash {
 };
 
 template <class T, int kKeyDim, int kValueDim, int kMTiles, int kKeys, int kWarps>
-__global__ __launch_bounds__(kWarps * kWarp, kMTiles * kWarps == 8 ? 2 : 1) void PrefillKernel(const __grid_constant__ PrefillArgs args) {
+__global__ __launch_bounds__(kWarps* kWarp, kMTiles* kWarps == 8
+                                                ? 2
+                                                : 1) void PrefillKernel(const __grid_constant__ PrefillArgs args) {
   using F = Flash<T, kKeyDim, kValueDim, kMTiles, kKeys, kWarps>;
   extern __shared__ __align__(128) char shared[];
   PrefillJob job;
@@ -309,7 +315,8 @@ __global__ __launch_bounds__(kThreads) void PrefillPlainKernel(const __grid_cons
   for (int i = 0; i < kEach; ++i) q[i] = lane + kWarp * i < args.key_dim ? query[lane + kWarp * i] : 0;
   const int64_t keys = far_count + job.last - job.begin;
   for (int64_t j = warp; j < keys; j += kWarps) {
-    const int64_t row = j < far_count ? head.far_index[int64_t{job.block} * head.far_capacity + j] : job.begin + j - far_count;
+    const int64_t row =
+        j < far_count ? head.far_index[int64_t{job.block} * head.far_capacity + j] : job.begin + j - far_count;
     const float bias = j < far_count ? head.far_bias[int64_t{job.block} * head.far_capacity + j] : 0;
     const float* key = row < 0 ? static_cast<const float*>(head.slab_key) + (-1 - row) * args.key_dim
                                : reinterpret_cast<const float*>(RowAt(args.k, row, job.kv_head));
@@ -354,8 +361,7 @@ void Run(const PrefillArgs& args, cudaStream_t stream) {
   auto* kernel = PrefillKernel<T, kKeyDim, kValueDim, kMTiles, kKeys, kWarps>;
   if (F::kShared > 48 * 1024)
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(F::kShared));
-  const dim3 grid(static_cast<uint32_t>(PrefillJobs(args, F::kRows)),
-                  static_cast<uint32_t>(args.kv_heads));
+  const dim3 grid(static_cast<uint32_t>(PrefillJobs(args, F::kRows)), static_cast<uint32_t>(args.kv_heads));
   kernel<<<grid, F::kThreads, F::kShared, stream>>>(args);
 }
 

@@ -85,7 +85,8 @@ __device__ __forceinline__ void StoreShared(uint32_t address, uint32_t x) {
   asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory");
 }
 __device__ __forceinline__ void StoreShared16(uint32_t address, const uint4& x) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
+               : "memory");
 }
 __device__ __forceinline__ float2 LoadShared2(uint32_t address) {
   float2 x;
@@ -180,7 +181,7 @@ class Producer {
  private:
   using Layout = typename Memory<kDim>::Keys;
   using QueryLayout = typename Memory<kDim>::Queries;
-  static constexpr int kHalf = kKeys / 2, kOwn = kHalf / kWarp;           // rows of a warp, and of a lane
+  static constexpr int kHalf = kKeys / 2, kOwn = kHalf / kWarp;               // rows of a warp, and of a lane
   static constexpr int kPieces = Layout::kPieces, kAtOnce = kWarp / kPieces;  // lanes to a row, rows at once
   static_assert(kAtOnce == 2 || kAtOnce == 4);
 
@@ -204,7 +205,8 @@ class Producer {
   __device__ __forceinline__ void Copy(const char* const (&from)[kOwn], const float (&bias)[kOwn], int32_t left) const {
     const uint32_t stage = tiles_ % kStages, free = tiles_ / kStages % 2 ^ 1;
     BarrierWait(keys_ ? memory_.KeyEmpty(stage) : memory_.ValueEmpty(stage), free);
-    const uint32_t tile = (keys_ ? memory_.Key(stage) : memory_.Value(stage)) + static_cast<uint32_t>(half_) * kHalf * 128;
+    const uint32_t tile =
+        (keys_ ? memory_.Key(stage) : memory_.Value(stage)) + static_cast<uint32_t>(half_) * kHalf * 128;
     const int32_t row = lane_ / kPieces, piece = lane_ % kPieces;
     constexpr int kTogether = 8;  // their addresses are on their way together
 #pragma unroll
@@ -240,11 +242,12 @@ class Producer {
 #pragma unroll 4
     for (int i = 0; i < kRows / 4 / kAtOnce; ++i) {
       const int32_t row = first + i * kAtOnce;
-      CopyAsync16(memory_.Query(buffer) + QueryLayout::At(row, piece), from + (row < rows ? row : 0) * args_.q.row_stride * 2,
-                  row < rows);
+      CopyAsync16(memory_.Query(buffer) + QueryLayout::At(row, piece),
+                  from + (row < rows ? row : 0) * args_.q.row_stride * 2, row < rows);
     }
     const auto away = static_cast<int32_t>(job.first - job.begin) + cursor.far_count;
-    EndBuffer(buffer, {static_cast<int32_t>(CeilDiv(cursor.count, kKeys)), cursor.far_count, away, rows, job.first, job.query_head, 0});
+    EndBuffer(buffer, {static_cast<int32_t>(CeilDiv(cursor.count, kKeys)), cursor.far_count, away, rows, job.first,
+                       job.query_head, 0});
   }
   __device__ void EndWork() {
     const uint32_t buffer = BeginBuffer();
@@ -268,7 +271,8 @@ class Producer {
   const PrefillArgs& args_;
   const PrefillHead& head_;
   uint32_t jobs_ = 0, tiles_ = 0;
-  const int32_t warp_ = static_cast<int32_t>(threadIdx.x) % kWarpgroup / kWarp, lane_ = static_cast<int32_t>(threadIdx.x) % kWarp;
+  const int32_t warp_ = static_cast<int32_t>(threadIdx.x) % kWarpgroup / kWarp,
+                lane_ = static_cast<int32_t>(threadIdx.x) % kWarp;
   const int32_t half_ = warp_ % 2;
   const bool keys_ = warp_ < 2;
   const char* rows_;
@@ -313,7 +317,7 @@ class Consumer {
     for (int32_t tile = 1; tile < mine; ++tile) {
       const uint32_t before = tiles_ % 2, before_parity = tiles_ / 2 % 2;
       ++tiles_;
-        WaitFor(memory_.KeyFull(tiles_ % 2));
+      WaitFor(memory_.KeyFull(tiles_ % 2));
       ProductsBegin();
       Logits(query, s);
       ProductsCommit();
@@ -322,7 +326,7 @@ class Consumer {
       ProductsBegin();
       Accumulate(p, before, out);
       ProductsCommit();
-        ProductsWait<1>();
+      ProductsWait<1>();
       ProductsHold(s);
       Mask(tile, far_count, away, s);
       Release(memory_.KeyEmpty(tiles_ % 2));
@@ -344,7 +348,7 @@ class Consumer {
     Release(memory_.ValueEmpty(tiles_ % 2));
     ++tiles_;
     for (int32_t tile = mine; tile < tiles; ++tile, ++tiles_) {  // what only later queries see
-          BarrierWait(memory_.KeyFull(tiles_ % 2), tiles_ / 2 % 2);
+      BarrierWait(memory_.KeyFull(tiles_ % 2), tiles_ / 2 % 2);
       Release(memory_.KeyEmpty(tiles_ % 2));
       BarrierWait(memory_.ValueFull(tiles_ % 2), tiles_ / 2 % 2);
       Release(memory_.ValueEmpty(tiles_ % 2));
@@ -376,7 +380,8 @@ class Consumer {
       ProductOfRows<T, true>(s, Advance(query, k / 4 * QueryLayout::kPanel + k % 4 * 32),
                              Advance(key, k / 4 * Layout::kPanel + k % 4 * 32));
   }
-  __device__ __forceinline__ void Accumulate(const uint32_t (&p)[kKeys / 16][4], uint32_t stage, float (&out)[kDim / 2]) const {
+  __device__ __forceinline__ void Accumulate(const uint32_t (&p)[kKeys / 16][4], uint32_t stage,
+                                             float (&out)[kDim / 2]) const {
     const uint64_t value = SharedMatrix(memory_.Value(stage), Layout::kPanel);
 #pragma unroll
     for (uint32_t k = 0; k < kKeys / 16; ++k) Product<T>(out, p[k], Advance(value, k * 16 * 128));
@@ -407,7 +412,8 @@ class Consumer {
   }
 
   // From logits to probabilities, relative to the row's maximum so far; earlier ones count `factor`.
-  __device__ __forceinline__ void Softmax(float (&s)[kKeys / 2], float (&max)[2], float (&sum)[2], float (&factor)[2]) const {
+  __device__ __forceinline__ void Softmax(float (&s)[kKeys / 2], float (&max)[2], float (&sum)[2],
+                                          float (&factor)[2]) const {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float top = max[r];
@@ -471,7 +477,8 @@ class Consumer {
     for (int i = 0; i < 16 * QueryLayout::kPieces / kWarp; ++i) {
       const int at = i * kWarp + lane_, row = first + at / QueryLayout::kPieces, piece = at % QueryLayout::kPieces;
       if (row < rows)
-        *reinterpret_cast<uint4*>(to + row * args_.out.row_stride * 2 + piece * 16) = LoadShared16(queries + QueryLayout::At(row, piece));
+        *reinterpret_cast<uint4*>(to + row * args_.out.row_stride * 2 + piece * 16) =
+            LoadShared16(queries + QueryLayout::At(row, piece));
     }
   }
 

@@ -60,7 +60,8 @@ __global__ void SampleKernel(const __grid_constant__ SpanArgs args, int64_t begi
 
 // Entry `index` of a head, wherever it lies.
 template <class T>
-__device__ __forceinline__ const T* EntryRow(const Rows& rows, int32_t kv_head, const void* slab, int32_t dim, int32_t index) {
+__device__ __forceinline__ const T* EntryRow(const Rows& rows, int32_t kv_head, const void* slab, int32_t dim,
+                                             int32_t index) {
   if (index < 0) return static_cast<const T*>(slab) + static_cast<int64_t>(-1 - index) * dim;
   return static_cast<const T*>(rows.data) + index * rows.row_stride + kv_head * rows.head_stride;
 }
@@ -103,8 +104,8 @@ __global__ __launch_bounds__(kBlock, kResident) void HalveKernel(const __grid_co
   const NodeRows<T> rows{args, *head, nodes, static_cast<int32_t>(head - args.heads)};
   uint8_t* keep = head->keep + op.begin / 2;
   HalveList<T, kBlock, kMostCount>(rows, op.count, args.key_dim, args.value_dim, args.halve, head->stream,
-                                   static_cast<uint64_t>(op.number), head->halve_scratch + SpanScratch(op.begin), shared,
-                                   keep);
+                                   static_cast<uint64_t>(op.number), head->halve_scratch + SpanScratch(op.begin),
+                                   shared, keep);
   for (int32_t a = static_cast<int32_t>(threadIdx.x); a < op.count / 2; a += kBlock)
     head->values[op.out + a] = head->values[nodes[2 * a + (keep[a] != 0 ? 1 : 0)]];
 }
@@ -183,8 +184,8 @@ __device__ __forceinline__ void GatherEntry(const GatherArgs& args, const Gather
   if (index == kSkip) return;
   const int64_t to = head.to != nullptr ? head.to[i] : i;
   const auto lane = static_cast<int>(threadIdx.x % kWarp);
-  CopyRowTo(EntryRow<T>(args.k, head.kv_head, head.slab_key, args.key_dim, index), head.key, args.key_dtype, to * args.key_stride,
-            args.key_dim, lane);
+  CopyRowTo(EntryRow<T>(args.k, head.kv_head, head.slab_key, args.key_dim, index), head.key, args.key_dtype,
+            to * args.key_stride, args.key_dim, lane);
   CopyRowTo(EntryRow<T>(args.v, head.kv_head, head.slab_value, args.value_dim, index), head.value, args.value_dtype,
             to * args.value_stride, args.value_dim, lane);
   if (lane != 0) return;
@@ -250,7 +251,8 @@ void SpanFar(const SpanArgs& args, int32_t blocks, cudaStream_t stream) {
 
 void Gather(const GatherArgs& args, cudaStream_t stream) {
   if (args.most_count == 0) return;
-  const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{args.most_count} * kWarp, 256)), static_cast<uint32_t>(args.head_count));
+  const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{args.most_count} * kWarp, 256)),
+                  static_cast<uint32_t>(args.head_count));
   WithType(args.dtype, [&](auto type) { GatherKernel<decltype(type)><<<grid, 256, 0, stream>>>(args); });
 }
 
