@@ -37,8 +37,7 @@ constexpr int kElements = 8;             // of them in one lane
 constexpr int64_t kSharedBytes = 44800;  // at most: leaves a kernel 4 KiB of the 48 that need no attribute
 constexpr int kSharedPairs = 64;         // lists of no more pairs keep their state in shared memory
 constexpr int kRowLanes = 8;             // lanes that read a pair
-constexpr int kTriangleStride = kMostPairs + 1;
-constexpr float kPlainExponent = 32;  // norms beyond this (as exponents of 2) move the origin
+constexpr float kPlainExponent = 32;     // norms beyond this (as exponents of 2) move the origin
 constexpr float kLargestKey = 1e15f, kLargestValue = 1e15f, kSmallestValue = 1e-12f;  // beyond: scaled by a power of 2
 constexpr float kLargestExponent = 1e36f;
 constexpr uint32_t kAllLanes = 0xFFFFFFFFu;
@@ -57,11 +56,22 @@ struct Adjust {        // y = (x - shift) scale, exact in the storage type
   bool active;
 };
 
+// What lists of at most so many entries need. One tile is a warp's work, and there is nothing earlier to sum.
+template <int32_t kMostCount>
+struct Sizes {
+  static constexpr bool kOneTile = kMostCount <= 2 * kPairsOfTile;
+  static constexpr int kPairs = kOneTile ? kPairsOfTile : kSharedPairs;  // whose state is in shared memory
+  static constexpr int kBlock = kOneTile ? kPairsOfTile : kMostPairs;    // pairs decided together
+  static constexpr int kTriangleStride = kBlock + 1;
+  static constexpr int kPartsOf = kOneTile ? 0 : kParts * kMostPairs;
+  static constexpr int kOwn = kOneTile ? 0 : 2 * kMostPairs, kReduced = kOneTile ? 0 : 3 * kWarp;
+};
+
 // Shared memory, from `shared` on.
 struct Layout {
-  Pair* pairs;      // (kSharedPairs)
+  Pair* pairs;      // (Sizes::kPairs)
   float* parts;     // (kParts, kMostPairs)
-  float* triangle;  // (kMostPairs, kTriangleStride): D_ab at (a, b) of the block
+  float* triangle;  // (Sizes::kBlock, Sizes::kTriangleStride): D_ab at (a, b) of the block
   float2* own;      // (kMostPairs): norms of the block's pairs
   float* reduced;   // (3, kWarp)
   float* shift;     // (key_dim)
@@ -74,10 +84,13 @@ __host__ __device__ constexpr int64_t TileBytes(int32_t key_dim, int32_t value_d
   return 2 * kPairsOfTile * kChunk * element * (Chunks(key_dim) + Chunks(value_dim));
 }
 __host__ __device__ constexpr int32_t PadDim(int32_t dim) { return (dim + kElements - 1) / kElements * kElements; }
+template <int32_t kMostCount = INT32_MAX>
 __host__ __device__ constexpr size_t FixedBytes(int32_t key_dim) {
-  return kSharedPairs * sizeof(Pair) +
-         sizeof(float) * (kParts * kMostPairs + kMostPairs * kTriangleStride + 2 * kMostPairs + 3 * kWarp +
-                          2 * static_cast<size_t>(PadDim(key_dim)));
+  using Size = Sizes<kMostCount>;
+  const size_t bytes = Size::kPairs * sizeof(Pair) +
+                       sizeof(float) * (Size::kPartsOf + Size::kBlock * Size::kTriangleStride + Size::kOwn +
+                                        Size::kReduced + 2 * static_cast<size_t>(PadDim(key_dim)));
+  return (bytes + 15) / 16 * 16;
 }
 // Tiles of a block: as many as can be staged; 0 if none.
 template <class T>
@@ -87,14 +100,16 @@ __host__ __device__ constexpr int StagedTiles(int32_t key_dim, int32_t value_dim
   return fit >= 4 && sizeof(T) == 2 ? 4 : fit >= 2 ? 2 : fit >= 1 ? 1 : 0;
 }
 
+template <int32_t kMostCount>
 __device__ inline Layout LayOut(char* shared, int32_t key_dim) {
+  using Size = Sizes<kMostCount>;
   Layout s;
   s.pairs = reinterpret_cast<Pair*>(shared);
-  s.parts = reinterpret_cast<float*>(s.pairs + kSharedPairs);
-  s.triangle = s.parts + kParts * kMostPairs;
-  s.own = reinterpret_cast<float2*>(s.triangle + kMostPairs * kTriangleStride);
-  s.reduced = reinterpret_cast<float*>(s.own + kMostPairs);
-  s.shift = s.reduced + 3 * kWarp;
+  s.parts = reinterpret_cast<float*>(s.pairs + Size::kPairs);
+  s.triangle = s.parts + Size::kPartsOf;
+  s.own = reinterpret_cast<float2*>(s.triangle + Size::kBlock * Size::kTriangleStride);
+  s.reduced = reinterpret_cast<float*>(s.own) + Size::kOwn;
+  s.shift = s.reduced + Size::kReduced;
   s.mean = s.shift + PadDim(key_dim);
   s.stage = reinterpret_cast<uint4*>(s.mean + PadDim(key_dim));
   return s;
@@ -314,11 +329,24 @@ __device__ __forceinline__ void Multiply(const Group<T, kChunks>& a, const Group
   }
 }
 
-// ---- one list at work; every function is called by all threads of the block ----
+// ---- one list at work; every function is called by all its threads: the block, or one warp of it ----
 
-template <class T, int kThreads, class RowsOf>
+template <int kThreads>
+__device__ __forceinline__ int32_t Thread() {
+  return static_cast<int32_t>(threadIdx.x) % kThreads;
+}
+template <int kThreads>
+__device__ __forceinline__ void Barrier() {
+  if constexpr (kThreads == kWarp)
+    __syncwarp();
+  else
+    __syncthreads();
+}
+
+template <class T, int kThreads, int32_t kMostCount, class RowsOf>
 struct List {
   static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kTriangleStride = Sizes<kMostCount>::kTriangleStride;
 
   const RowsOf& rows;
   const int32_t count, pairs, key_dim, value_dim;
@@ -329,7 +357,7 @@ struct List {
   Pair* const pair;  // (pairs): in shared memory or in scratch
   uint8_t* const keep;
   const bool complement;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = Thread<kThreads>() / kWarp;
   Adjust key_adjust{nullptr, 1, false}, value_adjust{nullptr, 1, false};
   float exponent = 0;        // beta / 2 log2 e, of adjusted keys
   float inverse_square = 1;  // 1 / b^2, of adjusted values
@@ -338,16 +366,17 @@ struct List {
     return UniformFromBits(DrawBits(stream, RandomPurpose::kHalve, number, static_cast<uint32_t>(a)));
   }
 
-  // The block's maximum of three numbers that are not negative.
+  // The largest of all threads, of three numbers that are not negative. A barrier.
   __device__ __forceinline__ void Largest(float (&x)[3]) const {
-    __syncthreads();  // whoever read the last ones is done
+    Barrier<kThreads>();  // whoever read the last ones is done
 #pragma unroll
     for (int i = 0; i < 3; ++i) {
       // Order of floats that are not negative is order of their bits.
       x[i] = __uint_as_float(__reduce_max_sync(kAllLanes, __float_as_uint(x[i])));
-      if (lane == 0) s.reduced[i * kWarp + warp] = x[i];
+      if (kWarps > 1 && lane == 0) s.reduced[i * kWarp + warp] = x[i];
     }
-    __syncthreads();
+    if (kWarps == 1) return;
+    Barrier<kThreads>();
 #pragma unroll
     for (int i = 0; i < 3; ++i)
       for (int w = 0; w < kWarps; ++w) x[i] = fmaxf(x[i], s.reduced[i * kWarp + w]);
@@ -400,7 +429,7 @@ struct List {
     constexpr int kGroups = kThreads / kRowLanes;
     largest[0] = largest[1] = largest[2] = 0;
     for (int32_t first = 0; first < pairs; first += kGroups) {
-      const int32_t a = first + static_cast<int32_t>(threadIdx.x) / kRowLanes, from = min(a, pairs - 1);
+      const int32_t a = first + Thread<kThreads>() / kRowLanes, from = min(a, pairs - 1);
       const T *const key_x = rows.Key(2 * from), *const key_y = rows.Key(2 * from + 1);
       const T *const value_x = rows.Value(2 * from), *const value_y = rows.Value(2 * from + 1);
       RowSums k{}, v{};
@@ -431,7 +460,7 @@ struct List {
   // Shift and mean of all coordinates. A group of 8 lanes takes 8 coordinates, every lane each 8th row.
   __device__ __forceinline__ void Centre() const {
     const float part = 0.25f / static_cast<float>(count);  // of the mean: no sum overflows
-    const int32_t pieces = PadDim(key_dim) / kElements, group = static_cast<int32_t>(threadIdx.x) / kRowLanes;
+    const int32_t pieces = PadDim(key_dim) / kElements, group = Thread<kThreads>() / kRowLanes;
     for (int32_t first = 0; first < pieces; first += kThreads / kRowLanes) {
       const int32_t at = (first + group) * kElements;
       float origin[kElements], low[kElements], high[kElements], sum[kElements] = {};
@@ -464,7 +493,7 @@ struct List {
         s.mean[at + e] = 4 * (sum[e] * key_adjust.scale) + (origin[e] - shift) * key_adjust.scale;
       }
     }
-    __syncthreads();
+    Barrier<kThreads>();
   }
 
   // Norms, origin and scales: everything that the products need.
@@ -499,7 +528,7 @@ struct List {
   // See FinishNorms in src/cpu/halve.cc.
   __device__ __forceinline__ void Finish(float longest) const {
     const float rest = 1 - params.gamma;
-    for (int32_t a = static_cast<int32_t>(threadIdx.x); a < pairs; a += kThreads) {
+    for (int32_t a = Thread<kThreads>(); a < pairs; a += kThreads) {
       Pair p = pair[a];
       const float below_x = rest * (longest - p.centred_x) * (rest != 0),
                   below_y = rest * (longest - p.centred_y) * (rest != 0);
@@ -515,7 +544,7 @@ struct List {
       p.centred_y = sqrtf(fmaxf(0.0f, square));
       pair[a] = p;
     }
-    __syncthreads();
+    Barrier<kThreads>();
   }
 
   // ---- products of a block ----
@@ -625,7 +654,8 @@ struct List {
   // c += products of one tile with another, from the rows themselves.
   __device__ __forceinline__ static void RowProducts(const TwoRows<T>& a, const TwoRows<T>& b, int32_t dim,
                                                      const Adjust& adjust, float (&c)[1][2][4]) {
-    using Loaded = Group<T, sizeof(T) == 4 ? 2 : 4>;  // all at once: here it is latency that counts
+    // All at once: here it is latency that counts. Where other warps have other lists, it is registers.
+    using Loaded = Group<T, sizeof(T) == 4 || kWarps == 1 ? 2 : 4>;
     for (int32_t at = 0; at < dim; at += Loaded::kDims) {
       Loaded rows, columns;
       LoadGroup(a, at, dim, rows);
@@ -702,7 +732,7 @@ struct List {
     if (first > 0)
 #pragma unroll
       for (int part = 0; part < kParts; ++part) sum += s.parts[part * kMostPairs + lane];
-    const float* row = s.triangle + lane * kTriangleStride;
+    const float* row = s.triangle + min(lane, Sizes<kMostCount>::kBlock - 1) * kTriangleStride;
     uint32_t kept = 0;  // bit j: y of pair first + j
     for (int32_t j = 0; j < block; j += 8) {
       float d[8];
@@ -730,10 +760,10 @@ struct List {
   __device__ __forceinline__ void DecideShort() const {
     float largest = 0;
     const float u = warp == 0 ? DrawThreshold(0, pairs, Factor(), largest) : 0.0f;
-    FillTriangle(0, kMostTiles);
-    __syncthreads();
+    FillTriangle(0, Sizes<kMostCount>::kBlock / kPairsOfTile);
+    Barrier<kThreads>();
     if (warp == 0) Scan(0, pairs, u);
-    __syncthreads();
+    Barrier<kThreads>();
   }
 
   // Blocks of kTiles tiles, staged; kTiles = 0: of one tile, which is not.
@@ -754,10 +784,10 @@ struct List {
           SumEarlier<kTiles>(first);
         }
       }
-      __syncthreads();
+      Barrier<kThreads>();
       if (warp == 0) Scan(first, block, u);
       if (warp != 0 && kTiles != 0 && first + kBlock < pairs) Stage(first + kBlock, kTiles, warp - 1, kWarps - 1);
-      __syncthreads();
+      Barrier<kThreads>();
     }
   }
 
@@ -794,31 +824,37 @@ __host__ __device__ constexpr size_t HalveSharedBytes(int32_t key_dim, int32_t v
          (staged ? static_cast<size_t>(tiles * halve::TileBytes(key_dim, value_dim, sizeof(T))) : 0);
 }
 
+// Lists that one warp can have, and its shared memory.
+inline constexpr int32_t kWarpList = 2 * halve::kPairsOfTile;
+__host__ __device__ constexpr size_t HalveWarpBytes(int32_t key_dim) { return halve::FixedBytes<kWarpList>(key_dim); }
+
 // rows.Key(i) and rows.Value(i): const T* to row i of the list, i < count, 16-byte aligned.
 // keep: (count / 2) bytes in shared or global memory: 1 where y = row 2a + 1 survives, the final complement included.
 // scratch: global memory of this block's own, HalveScratchBytes(max count), 16-byte aligned.
-// shared: HalveSharedBytes<T>(key_dim, value_dim, max count), 16-byte aligned. At least 64 threads.
-// kMostCount >= count, where it is known: kernels for short lists need fewer registers.
-// All threads of the block call it, and a barrier stands at its end.
+// shared: HalveSharedBytes<T>(key_dim, value_dim, max count), 16-byte aligned.
+// kMostCount >= count, where it is known: kernels for short lists need fewer registers and less shared memory.
+// All threads of the block call it, and a barrier stands at its end. Or a warp has a list of its own, kThreads = 32 and
+// kMostCount = kWarpList: all of the warp call it, the barrier is the warp's, and `shared` has HalveWarpBytes.
 template <class T, int kThreads, int32_t kMostCount = INT32_MAX, class RowsOf>
 __device__ __forceinline__ void HalveList(const RowsOf& rows, int32_t count, int32_t key_dim, int32_t value_dim,
                                           const HalveParams& params, const StreamKey& key, uint64_t number,
                                           char* scratch, char* shared, uint8_t* keep) {
-  static_assert(kThreads % kWarp == 0 && kThreads >= 2 * kWarp);
+  static_assert(kThreads % kWarp == 0 && (kThreads > kWarp || halve::Sizes<kMostCount>::kOneTile));
   const int32_t pairs = count / 2;
   const bool complement = UniformFromBits(DrawBits(key, RandomPurpose::kComplement, number, 0)) < 0.5f;
   if (params.coin || pairs <= 1) {  // the first pair is a fair coin
-    for (int32_t a = static_cast<int32_t>(threadIdx.x); a < pairs; a += kThreads) {
+    for (int32_t a = halve::Thread<kThreads>(); a < pairs; a += kThreads) {
       const uint32_t bits = DrawBits(key, RandomPurpose::kHalve, number, static_cast<uint32_t>(a));
       keep[a] = (UniformFromBits(bits) < 0.5f) != complement;
     }
-    __syncthreads();
+    halve::Barrier<kThreads>();
     return;
   }
-  const halve::Layout layout = halve::LayOut(shared, key_dim);
-  halve::Pair* pair = pairs <= halve::kSharedPairs ? layout.pairs : reinterpret_cast<halve::Pair*>(scratch);
-  halve::List<T, kThreads, RowsOf> list{rows, count,  pairs,  key_dim, value_dim, params,
-                                        key,  number, layout, pair,    keep,      complement};
+  const halve::Layout layout = halve::LayOut<kMostCount>(shared, key_dim);
+  halve::Pair* pair =
+      pairs <= halve::Sizes<kMostCount>::kPairs ? layout.pairs : reinterpret_cast<halve::Pair*>(scratch);
+  halve::List<T, kThreads, kMostCount, RowsOf> list{rows, count,  pairs,  key_dim, value_dim, params,
+                                                    key,  number, layout, pair,    keep,      complement};
   list.Prepare();
   if (pairs <= halve::kMostPairs) {
     list.DecideShort();

@@ -12,7 +12,7 @@ __host__ __device__ size_t SpanScratch(int64_t list) { return static_cast<size_t
 namespace {
 
 constexpr int kThreads = 128;
-static_assert(kSpanClasses[2] == 2 * halve::kMostPairs);
+static_assert(kSpanClasses[1] == kWarpList && kSpanClasses[2] == 2 * halve::kMostPairs);
 
 // The head that block (.., y) works for, or null: plans have different numbers of heads.
 __device__ const SpanHead* HeadOf(const SpanArgs& args, int32_t plan, int32_t y) {
@@ -93,7 +93,48 @@ __global__ void CoinKernel(const __grid_constant__ SpanArgs args, int64_t begin,
   head->values[op.out] = head->values[args.list[op.begin + (y != complement ? 1 : 0)]];
 }
 
-// One block per (halving, head). Few threads for short lists: there are very many of them.
+// One warp per (halving, head): most lists are short, and there are very many of them.
+constexpr int kSmallWarps = 4;
+template <class T>
+constexpr int kSmallResident = sizeof(T) == 4 ? 4 : 5;
+template <class T>
+struct EntryRows {
+  const SpanArgs& args;
+  const SpanHead& head;
+  const int32_t* entries;
+  int32_t kv_head;
+  __device__ const T* Key(int32_t i) const {
+    return EntryRow<T>(args.k, kv_head, head.slab_key, args.key_dim, entries[i]);
+  }
+  __device__ const T* Value(int32_t i) const {
+    return EntryRow<T>(args.v, kv_head, head.slab_value, args.value_dim, entries[i]);
+  }
+};
+template <class T>
+__global__ __launch_bounds__(kSmallWarps* kWarp,
+                             kSmallResident<T>) void SmallHalveKernel(const __grid_constant__ SpanArgs args,
+                                                                      int64_t begin, int64_t end) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ int32_t entries_of[kSmallWarps][kWarpList];
+  __shared__ uint8_t keep_of[kSmallWarps][kWarpList / 2];
+  const auto warp = static_cast<int32_t>(threadIdx.x) / kWarp, lane = static_cast<int32_t>(threadIdx.x) % kWarp;
+  const int64_t index = begin + int64_t{blockIdx.x} * kSmallWarps + warp;
+  if (index >= end) return;
+  const SpanHalve& op = args.halves[index];
+  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
+  if (head == nullptr) return;
+  int32_t* entries = entries_of[warp];
+  uint8_t* keep = keep_of[warp];
+  if (lane < op.count) entries[lane] = head->values[args.list[op.begin + lane]];
+  __syncwarp();
+  const EntryRows<T> rows{args, *head, entries, static_cast<int32_t>(head - args.heads)};
+  HalveList<T, kWarp, kWarpList>(rows, op.count, args.key_dim, args.value_dim, args.halve, head->stream,
+                                 static_cast<uint64_t>(op.number), nullptr,
+                                 shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), keep);
+  if (lane < op.count / 2) head->values[op.out + lane] = entries[2 * lane + (keep[lane] != 0 ? 1 : 0)];
+}
+
+// One block per (halving, head).
 template <class T, int kBlock, int kResident, int32_t kMostCount>
 __global__ __launch_bounds__(kBlock, kResident) void HalveKernel(const __grid_constant__ SpanArgs args, int64_t begin) {
   extern __shared__ __align__(16) char shared[];
@@ -233,11 +274,15 @@ void SpanHalvings(const SpanArgs& args, int64_t begin, int64_t end, int32_t leng
   }
   WithType(args.dtype, [&](auto type) {
     using T = decltype(type);
+    if (length_class == 1) {
+      const dim3 grid(static_cast<uint32_t>(CeilDiv(end - begin, kSmallWarps)), heads);
+      const size_t shared = kSmallWarps * HalveWarpBytes(args.key_dim);
+      SmallHalveKernel<T><<<grid, kSmallWarps * kWarp, shared, stream>>>(args, begin, end);
+      return;
+    }
     const dim3 grid(static_cast<uint32_t>(end - begin), heads);
     const auto shared = [&](int32_t count) { return HalveSharedBytes<T>(args.key_dim, args.value_dim, count); };
-    if (length_class == 1)
-      HalveKernel<T, 64, 8, kSpanClasses[2]><<<grid, 64, shared(kSpanClasses[2]), stream>>>(args, begin);
-    else if (length_class == 2)
+    if (length_class == 2)
       HalveKernel<T, 128, 4, kSpanClasses[2]><<<grid, 128, shared(kSpanClasses[2]), stream>>>(args, begin);
     else
       HalveKernel<T, 128, 1, INT32_MAX><<<grid, 128, shared(INT32_MAX), stream>>>(args, begin);

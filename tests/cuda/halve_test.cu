@@ -73,6 +73,17 @@ __global__ __launch_bounds__(kThreads) void HalveKernel(const Job<T>* jobs) {
                          job.scratch, shared, job.keep);
 }
 
+// A warp for each list.
+template <class T>
+__global__ void WarpKernel(const Job<T>* jobs, int count, size_t bytes) {
+  extern __shared__ __align__(16) char shared[];
+  const int warp = static_cast<int>(threadIdx.x) / 32, index = static_cast<int>(blockIdx.x * blockDim.x / 32) + warp;
+  if (index >= count) return;
+  const Job<T>& job = jobs[index];
+  HalveList<T, 32, kWarpList>(SlabRows<T>{job}, job.count, job.key_dim, job.value_dim, job.params, job.stream,
+                              job.number, nullptr, shared + warp * bytes, job.keep);
+}
+
 // A list with structure (three directions, an offset common to all keys), in random slots of a larger slab whose other
 // slots are NaN.
 template <class T>
@@ -185,7 +196,7 @@ class Memory {
   std::vector<void*> taken_;
 };
 
-// keep of every list, with blocks of kThreads.
+// keep of every list, with blocks of kThreads; 32: a warp for each list.
 template <class T, int kThreads>
 void HalveAll(const std::vector<List<T>>& lists, std::vector<std::vector<uint8_t>>& keeps) {
   Memory memory;
@@ -199,8 +210,15 @@ void HalveAll(const std::vector<List<T>>& lists, std::vector<std::vector<uint8_t
                     memory.Take<uint8_t>(static_cast<size_t>(l.c.count / 2))});
   }
   ASSERT_LE(shared, size_t{43} << 10);
-  HalveKernel<T, kThreads>
-      <<<static_cast<uint32_t>(jobs.size()), kThreads, shared>>>(memory.Take(jobs.size(), jobs.data()));
+  const auto count = static_cast<uint32_t>(jobs.size());
+  const Job<T>* list = memory.Take(jobs.size(), jobs.data());
+  if constexpr (kThreads == 32) {
+    size_t largest = 0;
+    for (const Job<T>& job : jobs) largest = std::max(largest, HalveWarpBytes(job.key_dim));
+    WarpKernel<T><<<(count + 2) / 3, 3 * 32, 3 * largest>>>(list, static_cast<int>(count), largest);
+  } else {
+    HalveKernel<T, kThreads><<<count, kThreads, shared>>>(list);
+  }
   CHECK_CUDA(cudaGetLastError());
   CHECK_CUDA(cudaDeviceSynchronize());
   keeps.clear();
@@ -233,7 +251,7 @@ std::vector<ListCase> Cases(DType dtype) {
   std::vector<ListCase> cases;
   for (const auto& [dk, dv] :
        {std::pair{8, 8}, {64, 64}, {80, 96}, {96, 80}, {128, 128}, {128, 64}, {192, 128}, {256, 256}})
-    for (const int32_t count : {2, 4, 6, 16, 18, 32, 34, 62, 64, 66, 126, 130, 200, 400})
+    for (const int32_t count : {2, 4, 6, 10, 12, 16, 18, 32, 34, 62, 64, 66, 126, 130, 200, 400})
       cases.push_back({dtype, dk, dv, count, 1, 0.1f});
   cases.push_back({dtype, 1024, 1024, 70, 1, 0.1f});
   cases.push_back({dtype, 72, 520, 70, 1, 0.1f});
@@ -243,7 +261,7 @@ std::vector<ListCase> Cases(DType dtype) {
   for (const Kind kind : {Kind::kHugeMean, Kind::kSmallMean, Kind::kEqual, Kind::kAllEqual, Kind::kZeroValues,
                           Kind::kFar, Kind::kHuge, Kind::kTiny, Kind::kLongRow})
     for (const float gamma : {0.5f, 1.0f})
-      for (const int32_t count : {4, 32, 66, 200, 400}) cases.push_back({dtype, 96, 128, count, gamma, 0.1f, kind});
+      for (const int32_t count : {4, 14, 32, 66, 200, 400}) cases.push_back({dtype, 96, 128, count, gamma, 0.1f, kind});
   for (const int32_t count : {2, 64, 1226}) cases.push_back({dtype, 64, 64, count, 1, 0.1f, Kind::kPlain, true});
   cases.push_back({dtype, 128, 128, 1226, 1, 0.1f});
   cases.push_back({dtype, 128, 128, 1226, 0.5f, 1});
@@ -274,6 +292,16 @@ TYPED_TEST(HalveTest, ChoosesAsTheReference) {
   if (this->HasFatalFailure()) return;
   HalveAll<T, 128>(lists, other);
   if (this->HasFatalFailure()) return;
+  std::vector<List<T>> short_lists;
+  std::vector<std::vector<uint8_t>> expected_of_warps, warps;
+  for (size_t l = 0; l < lists.size(); ++l) {
+    if (lists[l].c.count > kWarpList) continue;
+    short_lists.push_back(lists[l]);
+    expected_of_warps.push_back(keeps[l]);
+  }
+  HalveAll<T, 32>(short_lists, warps);
+  if (this->HasFatalFailure()) return;
+  EXPECT_EQ(warps, expected_of_warps) << "a warp for each list";
   const std::vector<reference::Halved> expected = Expected(lists);
   int differ = 0, ties = 0, wrong = 0, decided = 0;
   double largest = 0, least = 1;
