@@ -64,12 +64,14 @@ __device__ __forceinline__ void ProductsHold(float (&d)[kCount]) {
 
 // A matrix in shared memory: rows of 128 bytes, 16-byte pieces swizzled by row % 8, from a 1024-byte boundary on.
 // Elements of 16 bits, 64 to a row; `leading` bytes on, the next 64 columns of all rows (for Product's b only).
-__device__ __forceinline__ uint64_t SharedMatrix(uint32_t address, uint32_t leading) {
-  constexpr uint64_t kSwizzle128 = uint64_t{1} << 62, kEightRows = uint64_t{1024 >> 4} << 32;
-  return kSwizzle128 | kEightRows | static_cast<uint64_t>(leading >> 4) << 16 | (address & 0x3FFFF) >> 4;
+// This is the lower half of a matrix descriptor; the upper one is always the same. Alike in all threads of a warp.
+__device__ __forceinline__ uint32_t SharedMatrix(uint32_t address, uint32_t leading) {
+  return __shfl_sync(0xFFFFFFFFu, (leading >> 4) << 16 | (address & 0x3FFFF) >> 4, 0);
 }
 // The same matrix from `bytes` on.
-__device__ __forceinline__ uint64_t Advance(uint64_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+__device__ __forceinline__ uint32_t Advance(uint32_t matrix, uint32_t bytes) { return matrix + (bytes >> 4); }
+// 128-byte swizzle; eight rows are 1024 bytes.
+#define EXPRESS_MATRIX "0x40000040"
 
 #define EXPRESS_REGISTERS_32                                               \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
@@ -96,70 +98,79 @@ __device__ __forceinline__ uint64_t Advance(uint64_t matrix, uint32_t bytes) { r
 
 // d (64 x 2 kCount) of a warpgroup: warp w has rows 16 w .. 16 w + 15, laid out as the c of Mma, 8 columns after 8.
 // a (64 x 16) and b (16 x 2 kCount) are in shared memory, both by rows of the contraction: a row holds a query's or a key's
-// elements.
-template <class T, bool kAccumulate, int kCount>
-__device__ __forceinline__ void ProductOfRows(float (&d)[kCount], uint64_t a, uint64_t b) {
+// elements. d += a b.
+template <class T, int kCount>
+__device__ __forceinline__ void ProductOfRows(float (&d)[kCount], uint32_t a, uint32_t b) {
   static_assert(kCount == 32 || kCount == 64);
   if constexpr (kCount == 32 && std::is_same_v<T, BFloat16>)
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.eq.b32 p, 0, 0;\n"
+        "mov.b64 a, {%32, " EXPRESS_MATRIX "};\nmov.b64 b, {%33, " EXPRESS_MATRIX
+        "};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32 "}, a, b, p, 1, 1, 0, 0;\n}"
         : EXPRESS_SUMS_32
-        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+        : "r"(a), "r"(b));
   else if constexpr (kCount == 32 && std::is_same_v<T, Half>)
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32 "}, %32, %33, p, 1, 1, 0, 0;\n}"
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.eq.b32 p, 0, 0;\n"
+        "mov.b64 a, {%32, " EXPRESS_MATRIX "};\nmov.b64 b, {%33, " EXPRESS_MATRIX
+        "};\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32 "}, a, b, p, 1, 1, 0, 0;\n}"
         : EXPRESS_SUMS_32
-        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+        : "r"(a), "r"(b));
   else if constexpr (kCount == 64 && std::is_same_v<T, BFloat16>)
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.eq.b32 p, 0, 0;\n"
+        "mov.b64 a, {%64, " EXPRESS_MATRIX "};\nmov.b64 b, {%65, " EXPRESS_MATRIX
+        "};\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64 "}, a, b, p, 1, 1, 0, 0;\n}"
         : EXPRESS_SUMS_64
-        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+        : "r"(a), "r"(b));
   else if constexpr (kCount == 64 && std::is_same_v<T, Half>)
     asm volatile(
-        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64 "}, %64, %65, p, 1, 1, 0, 0;\n}"
+        "{\n.reg .pred p;\n.reg .b64 a, b;\nsetp.eq.b32 p, 0, 0;\n"
+        "mov.b64 a, {%64, " EXPRESS_MATRIX "};\nmov.b64 b, {%65, " EXPRESS_MATRIX
+        "};\n"
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64 "}, a, b, p, 1, 1, 0, 0;\n}"
         : EXPRESS_SUMS_64
-        : "l"(a), "l"(b), "n"(static_cast<int32_t>(kAccumulate)));
+        : "r"(a), "r"(b));
 }
 
 // d += a b. a (64 x 16) in registers, laid out as the a of Mma; b (16 x 2 kCount): a row of shared memory holds one row of b.
 template <class T, int kCount>
-__device__ __forceinline__ void Product(float (&d)[kCount], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void Product(float (&d)[kCount], const uint32_t (&a)[4], uint32_t b) {
   static_assert(kCount == 32 || kCount == 64);
   if constexpr (kCount == 32 && std::is_same_v<T, BFloat16>)
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
-        : EXPRESS_SUMS_32
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.b32 p, 0, 0;\nmov.b64 b, {%36, " EXPRESS_MATRIX
+                 "};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_32
+                 "}, {%32, %33, %34, %35}, b, p, 1, 1, 1;\n}"
+                 : EXPRESS_SUMS_32
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
   else if constexpr (kCount == 32 && std::is_same_v<T, Half>)
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32
-        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
-        : EXPRESS_SUMS_32
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.b32 p, 0, 0;\nmov.b64 b, {%36, " EXPRESS_MATRIX
+                 "};\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" EXPRESS_REGISTERS_32
+                 "}, {%32, %33, %34, %35}, b, p, 1, 1, 1;\n}"
+                 : EXPRESS_SUMS_32
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
   else if constexpr (kCount == 64 && std::is_same_v<T, BFloat16>)
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
-        : EXPRESS_SUMS_64
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.b32 p, 0, 0;\nmov.b64 b, {%68, " EXPRESS_MATRIX
+                 "};\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16 {" EXPRESS_REGISTERS_64
+                 "}, {%64, %65, %66, %67}, b, p, 1, 1, 1;\n}"
+                 : EXPRESS_SUMS_64
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
   else if constexpr (kCount == 64 && std::is_same_v<T, Half>)
-    asm volatile(
-        "{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\n"
-        "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64
-        "}, {%64, %65, %66, %67}, %68, p, 1, 1, 1;\n}"
-        : EXPRESS_SUMS_64
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));
+    asm volatile("{\n.reg .pred p;\n.reg .b64 b;\nsetp.eq.b32 p, 0, 0;\nmov.b64 b, {%68, " EXPRESS_MATRIX
+                 "};\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" EXPRESS_REGISTERS_64
+                 "}, {%64, %65, %66, %67}, b, p, 1, 1, 1;\n}"
+                 : EXPRESS_SUMS_64
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b));
 }
 
+#undef EXPRESS_MATRIX
 #undef EXPRESS_REGISTERS_32
 #undef EXPRESS_REGISTERS_64
 #undef EXPRESS_SUMS_32

@@ -293,31 +293,34 @@ class Consumer {
     const uint32_t buffer = jobs_ % 2;
     BarrierWait(memory_.QueryFull(buffer), jobs_ / 2 % 2);
     const uint4 work = LoadShared16(memory_.WorkOf(buffer));
-    const auto tiles = static_cast<int32_t>(work.x), far_count = static_cast<int32_t>(work.y);
+    const auto tiles = static_cast<int32_t>(work.x);
     if (tiles == 0) return false;
     const int32_t away = static_cast<int32_t>(work.z) + group_ * 64;  // of this warpgroup's rows
     const int32_t mine = min(tiles, (away + 63) / kKeys + 1);
-    const uint64_t query = SharedMatrix(memory_.Query(buffer) + static_cast<uint32_t>(group_) * 64 * 128, 0);
+    const uint32_t query = SharedMatrix(memory_.Query(buffer) + static_cast<uint32_t>(group_) * 64 * 128, 0);
     ++jobs_;
-    float out[kDim / 2], s[kKeys / 2], max[2] = {kMinusInfinity, kMinusInfinity}, sum[2] = {0, 0}, factor[2];
+    float out[kDim / 2], s[kKeys / 2], zero[2] = {kLowest, kLowest}, sum[2] = {0, 0}, factor[2];
     uint32_t p[kKeys / 16][4];
 #pragma unroll
     for (float& x : out) x = 0;
 
     WaitFor(memory_.KeyFull(tiles_ % 2));
+    Bias(s);
     ProductsBegin();
     Logits(query, s);
     ProductsCommit();
     ProductsWait<0>();
     ProductsHold(s);
-    Mask(0, far_count, away, s);
     Release(memory_.KeyEmpty(tiles_ % 2));
-    Softmax(s, max, sum, factor);
+    Mask(0, away, s);
+    Raise(s, zero, sum, factor);
+    Softmax(s, zero, sum);
     Convert(s, p);
     for (int32_t tile = 1; tile < mine; ++tile) {
       const uint32_t before = tiles_ % 2, before_parity = tiles_ / 2 % 2;
       ++tiles_;
       WaitFor(memory_.KeyFull(tiles_ % 2));
+      Bias(s);
       ProductsBegin();
       Logits(query, s);
       ProductsCommit();
@@ -328,15 +331,18 @@ class Consumer {
       ProductsCommit();
       ProductsWait<1>();
       ProductsHold(s);
-      Mask(tile, far_count, away, s);
       Release(memory_.KeyEmpty(tiles_ % 2));
-      Softmax(s, max, sum, factor);
+      Mask(tile, away, s);
+      const bool raised = Raise(s, zero, sum, factor);
+      Softmax(s, zero, sum);
       Here(sum);
       ProductsWait<0>();
       ProductsHold(out);
       Release(memory_.ValueEmpty(before));
+      if (raised) {
 #pragma unroll
-      for (int i = 0; i < kDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+        for (int i = 0; i < kDim / 2; ++i) out[i] *= factor[i / 2 % 2];
+      }
       Convert(s, p);
     }
     WaitFor(memory_.ValueFull(tiles_ % 2));
@@ -353,7 +359,7 @@ class Consumer {
       BarrierWait(memory_.ValueFull(tiles_ % 2), tiles_ / 2 % 2);
       Release(memory_.ValueEmpty(tiles_ % 2));
     }
-    Store(out, max, sum, (jobs_ + 1) % 2);
+    Store(out, zero, sum, (jobs_ + 1) % 2);
     Release(memory_.QueryEmpty((jobs_ + 1) % 2));
     return true;
   }
@@ -372,69 +378,77 @@ class Consumer {
     if (lane_ == 0) BarrierArrive(barrier);
   }
 
-  __device__ __forceinline__ void Logits(uint64_t query, float (&s)[kKeys / 2]) const {
-    const uint64_t key = SharedMatrix(memory_.Key(tiles_ % 2), 0);
-    ProductOfRows<T, false>(s, query, key);
+  // Where products begin: log weights.
+  __device__ __forceinline__ void Bias(float (&s)[kKeys / 2]) const {
+    const uint32_t bias = memory_.Bias(tiles_ % 2) + lane_ % 4 * 8;
 #pragma unroll
-    for (uint32_t k = 1; k < kDim / 16; ++k)
-      ProductOfRows<T, true>(s, Advance(query, k / 4 * QueryLayout::kPanel + k % 4 * 32),
-                             Advance(key, k / 4 * Layout::kPanel + k % 4 * 32));
+    for (uint32_t n = 0; n < kKeys / 8; ++n) {
+      const float2 b = LoadShared2(bias + n * 32);
+      s[4 * n] = s[4 * n + 2] = b.x;
+      s[4 * n + 1] = s[4 * n + 3] = b.y;
+    }
+  }
+  __device__ __forceinline__ void Logits(uint32_t query, float (&s)[kKeys / 2]) const {
+    const uint32_t key = SharedMatrix(memory_.Key(tiles_ % 2), 0);
+#pragma unroll
+    for (uint32_t k = 0; k < kDim / 16; ++k)
+      ProductOfRows<T>(s, Advance(query, k / 4 * QueryLayout::kPanel + k % 4 * 32),
+                       Advance(key, k / 4 * Layout::kPanel + k % 4 * 32));
   }
   __device__ __forceinline__ void Accumulate(const uint32_t (&p)[kKeys / 16][4], uint32_t stage,
                                              float (&out)[kDim / 2]) const {
-    const uint64_t value = SharedMatrix(memory_.Value(stage), Layout::kPanel);
+    const uint32_t value = SharedMatrix(memory_.Value(stage), Layout::kPanel);
 #pragma unroll
     for (uint32_t k = 0; k < kKeys / 16; ++k) Product<T>(out, p[k], Advance(value, k * 16 * 128));
   }
 
-  // Adds log weights, and takes out keys after the query.
-  __device__ __forceinline__ void Mask(int32_t tile, int32_t far_count, int32_t away, float (&s)[kKeys / 2]) const {
-    const int32_t first = tile * kKeys;
-    if (first < far_count) {
-      const uint32_t bias = memory_.Bias(tiles_ % 2) + lane_ % 4 * 8;
+  // Takes out keys after the query.
+  __device__ __forceinline__ void Mask(int32_t tile, int32_t away, float (&s)[kKeys / 2]) const {
+    const int32_t seen = away - tile * kKeys;  // by the first row
+    if (seen >= kKeys - 1) return;
+    const int32_t row = warp_ * 16 + lane_ / 4 + seen - lane_ % 4 * 2;  // of which keys 8 n + i % 2 are seen
 #pragma unroll
-      for (uint32_t n = 0; n < kKeys / 8; ++n) {
-        const float2 b = LoadShared2(bias + n * 32);
-        s[4 * n] += b.x;
-        s[4 * n + 1] += b.y;
-        s[4 * n + 2] += b.x;
-        s[4 * n + 3] += b.y;
-      }
-    }
-    const int32_t row = warp_ * 16 + lane_ / 4 + away - first - lane_ % 4 * 2;  // of which keys 8 n + i % 2 are seen
-    if (kKeys - 1 > away - first) {
+    for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          if (8 * n + i % 2 > row + i / 2 * 8) s[4 * n + i] = kMinusInfinity;
-    }
+      for (int i = 0; i < 4; ++i)
+        if (8 * n + i % 2 > row + i / 2 * 8) s[4 * n + i] = kMinusInfinity;
   }
 
-  // From logits to probabilities, relative to the row's maximum so far; earlier ones count `factor`.
-  __device__ __forceinline__ void Softmax(float (&s)[kKeys / 2], float (&max)[2], float (&sum)[2],
-                                          float (&factor)[2]) const {
+  // Probabilities are relative to 2^zero, at most 2^kSlack of it: a logit beyond that raises the row's zero, and what there
+  // is of the row counts `factor` from then on. False if no row of the warp is raised.
+  __device__ __forceinline__ bool Raise(const float (&s)[kKeys / 2], float (&zero)[2], float (&sum)[2],
+                                        float (&factor)[2]) const {
+    float top[2] = {kMinusInfinity, kMinusInfinity};
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
+    const bool above = fmaf(top[0], scale2_, -zero[0]) > kSlack || fmaf(top[1], scale2_, -zero[1]) > kSlack;
+    if (!__any_sync(0xFFFFFFFFu, above)) return false;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      float top = max[r];
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) top = fmaxf(top, fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
-      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 1));
-      top = fmaxf(top, __shfl_xor_sync(0xFFFFFFFFu, top, 2));
-      const float zero = top == kMinusInfinity ? 0 : top * scale2_;
-      factor[r] = Exp2(max[r] * scale2_ - zero);
-      max[r] = top;
-      float total[2] = {0, 0};
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          float& x = s[4 * n + 2 * r + i];
-          x = Exp2(fmaf(x, scale2_, -zero));
-          total[i] += x;
-        }
-      sum[r] = sum[r] * factor[r] + (total[0] + total[1]);
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xFFFFFFFFu, top[r], 1));
+      top[r] = fmaxf(top[r], __shfl_xor_sync(0xFFFFFFFFu, top[r], 2));
+      const float next = fmaxf(zero[r], top[r] * scale2_);
+      factor[r] = Exp2(zero[r] - next);
+      zero[r] = next;
+      sum[r] *= factor[r];
     }
+    return true;
+  }
+  // From logits to probabilities.
+  __device__ __forceinline__ void Softmax(float (&s)[kKeys / 2], const float (&zero)[2], float (&sum)[2]) const {
+    float total[2][2] = {};
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        float& x = s[4 * n + i];
+        x = Exp2(fmaf(x, scale2_, -zero[i / 2]));
+        total[i / 2][i % 2] += x;
+      }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) sum[r] += total[r][0] + total[r][1];
   }
   // Nothing is done, but not before the sums are there: or else the compiler moves the softmax behind the wait for the
   // products beside which it should run.
@@ -449,38 +463,44 @@ class Consumer {
   }
 
   // Through the shared memory of this warp's own queries, which have been used, so that rows are written whole.
-  __device__ __forceinline__ void Store(const float (&out)[kDim / 2], const float (&max)[2], const float (&sum)[2],
+  __device__ __forceinline__ void Store(const float (&out)[kDim / 2], const float (&zero)[2], const float (&sum)[2],
                                         uint32_t buffer) const {
     const uint4 work[2] = {LoadShared16(memory_.WorkOf(buffer)), LoadShared16(memory_.WorkOf(buffer) + 16)};
     const auto rows = static_cast<int32_t>(work[0].w), query_head = static_cast<int32_t>(work[1].z);
     const auto first_row = static_cast<int64_t>(uint64_t{work[1].y} << 32 | work[1].x);
     const uint32_t queries = memory_.Query(buffer);
-    const int32_t first = group_ * 64 + warp_ * 16;
+    // Read anew: addresses made of it are not kept in registers while tiles are multiplied.
+    uint32_t thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    const auto lane = static_cast<int32_t>(thread % kWarp);
+    const int32_t first = static_cast<int32_t>(thread) / kWarp * 16;
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       float total = sum[r];
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 1);
       total += __shfl_xor_sync(0xFFFFFFFFu, total, 2);
-      const float inverse = 1.0f / total;
-      const int32_t row = first + r * 8 + lane_ / 4;
+      const float inverse = __fdividef(1.0f, total);
+      const int32_t row = first + r * 8 + lane / 4;
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n)
-        StoreShared(queries + QueryLayout::At(row, n) + lane_ % 4 * 4,
+        StoreShared(queries + QueryLayout::At(row, n) + lane % 4 * 4,
                     Pack<T>(out[4 * n + 2 * r] * inverse, out[4 * n + 2 * r + 1] * inverse));
-      if (args_.lse != nullptr && lane_ % 4 == 0 && row < rows)
+      if (args_.lse != nullptr && lane % 4 == 0 && row < rows)
         args_.lse[(first_row + row) * args_.lse_row_stride + query_head * args_.lse_head_stride] =
-            max[r] * args_.scale + logf(total);
+            zero[r] * kLn2 + logf(total);
     }
     __syncwarp();
     char* to = const_cast<char*>(RowAt(args_.out, first_row, query_head));
 #pragma unroll
     for (int i = 0; i < 16 * QueryLayout::kPieces / kWarp; ++i) {
-      const int at = i * kWarp + lane_, row = first + at / QueryLayout::kPieces, piece = at % QueryLayout::kPieces;
+      const int at = i * kWarp + lane, row = first + at / QueryLayout::kPieces, piece = at % QueryLayout::kPieces;
       if (row < rows)
         *reinterpret_cast<uint4*>(to + row * args_.out.row_stride * 2 + piece * 16) =
             LoadShared16(queries + QueryLayout::At(row, piece));
     }
   }
+
+  static constexpr float kLn2 = 0.693147181f, kLowest = -3e38f, kSlack = 8;
 
   const PrefillArgs& args_;
   const Memory<kDim> memory_;
