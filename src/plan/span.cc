@@ -23,13 +23,12 @@ void SortBy(const std::vector<T>& from, int32_t keys, const Key& key, std::vecto
 
 }  // namespace
 
-// Every token departs at most once and enters the lowest level or a reservoir once; an entry is in as many lists as it
-// survives halvings, so lists add up to twice the entries; a level that retires leaves at most one entry to the
-// reservoir, after at least one halving.
+// Entries are the coreset that the span begins with and the departures. A sample, and a pair of a halving, makes one node
+// and ends one entry.
 Span::Bounds Span::Bound(int64_t budget, int64_t tokens, int64_t snapshots) {
   const int64_t entries = tokens + budget;
-  return {.nodes = budget + tokens + 3 * entries,
-          .samples = 2 * entries,
+  return {.nodes = budget + tokens + entries,
+          .samples = entries,
           .halves = entries,
           .list = 2 * entries,
           .members = (snapshots + 1) * budget};
