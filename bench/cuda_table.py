@@ -139,50 +139,64 @@ def random_heads(n, heads, dim, seed):
 
 
 def prefill_rows(express, quick):
+    """A prompt through a few layers, one after the other as a model has them, per layer; `single_ms` is one layer alone, after which
+    the device has nothing to do: there the host's planning and launches show."""
     heads, dim, rows = 32, 128, []
-    print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method            ms  TFLOP/s  rel. error  budget block  workspace MB")
-    for n in (2048, 8192, 32768, 131072) + (() if quick else (524288,)):
+    print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method            ms    single  TFLOP/s  rel. error  budget block"
+          "  workspace MB")
+    for n in (2048, 4096, 8192, 32768, 131072) + (() if quick else (524288,)):
+        layers, repeats = (1, 3) if n > 200000 else (4, 5)
         q, k, v = (random_heads(n, heads, dim, seed) for seed in (1, 2, 3))
         nhd = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
         exact = None
+
+        def report(method, time, single, flops, out, budget=None, block=None, workspace=None):
+            error = 0.0 if exact is None else rel_error(out, exact)
+            rows.append({"n": n, "method": method, "ms": time * 1e3, "single_ms": single * 1e3, "tflops": flops / time / 1e12,
+                         "rel_error": error, "budget": budget, "block": block, "workspace_bytes": workspace})
+            print(f"{n:7d}  {method:12s} {time * 1e3:9.3f} {single * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}"
+                  + (f"  {budget:6d} {block:5d} {workspace / 1e6:8.1f}" if budget else ""))
+
         for name, backend in (("flash", FLASH), ("cudnn", CUDNN)):
             with sdpa_kernel(backend), torch.no_grad():
                 run = lambda: F.scaled_dot_product_attention(*nhd, is_causal=True)
-                time = seconds(run, 2 if n > 200000 else 5, 1)
                 out = run()[0].transpose(0, 1)
-            error = 0.0 if exact is None else rel_error(out, exact)
+                time = seconds(lambda: [run() for _ in range(layers)], *((1, 0) if layers == 1 else (repeats, 1))) / layers
+                single = time if layers == 1 else seconds(run, repeats, 1)
+            report(name, time, single, 2 * n * n * dim * heads, out)
             exact = out if exact is None else exact
-            flops = 2 * n * n * dim * heads
-            rows.append({"n": n, "method": name, "ms": time * 1e3, "tflops": flops / time / 1e12, "rel_error": error,
-                         "budget": None, "block": None})
-            print(f"{n:7d}  {name:12s} {time * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}")
-        for budget, block in ((1024, 128), (1024, 256), (1024, 512), (2048, 512), (4096, 512)):
-            cache = express.create(layers=1, query_heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, budget=budget,
+        for budget, block in ((1024, 128), (1024, 256), (1024, 512), (1024, 1024), (2048, 512), (4096, 512)):
+            cache = express.create(layers=layers, query_heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, budget=budget,
                                    prefill_block=block)
             size = C.c_size_t()
             express.call("express_workspace_size", cache, C.c_int64(n), C.byref(size))
             scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")
             out = torch.full((n, heads, dim), float("nan"), device="cuda", dtype=torch.bfloat16)
-            views = [express.view(t) for t in (q, k, v, out)]
-            workspace = Workspace(scratch.data_ptr(), size.value)
-            times = []
-            for i in range(6):
-                express.call("express_reset", cache)
-                begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                begin.record()
-                express.call("express_prefill", cache, C.c_int32(0), *[C.byref(t) for t in views], None, C.byref(workspace))
-                end.record()
-                end.synchronize()
-                times.append(begin.elapsed_time(end) * 1e-3)
-            time = statistics.median(times[1:])
+            views = [C.byref(express.view(t)) for t in (q, k, v, out)]
+            workspace = C.byref(Workspace(scratch.data_ptr(), size.value))
+
+            def measure(layers):
+                times = []
+                for i in range(repeats + 1):
+                    express.call("express_reset", cache)
+                    torch.cuda.synchronize()
+                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    begin.record()
+                    for layer in range(layers):
+                        express.call("express_prefill", cache, C.c_int32(layer), *views, None, workspace)
+                    end.record()
+                    end.synchronize()
+                    times.append(begin.elapsed_time(end) * 1e-3 / layers)
+                return statistics.median(times[1:])
+
+            single = measure(1)
+            time = single if layers == 1 else measure(layers)
             # What the kernel computes: keys seen by each query, to within the block's triangle.
             seen = sum(min(b * block, budget) * min(block, n - b * block) + min(block, n - b * block) ** 2 / 2
                        for b in range((n + block - 1) // block))
-            flops, error = 4 * dim * heads * seen, rel_error(out, exact)
-            rows.append({"n": n, "method": "express", "ms": time * 1e3, "tflops": flops / time / 1e12, "rel_error": error,
-                         "budget": budget, "block": block, "workspace_bytes": size.value})
-            print(f"{n:7d}  express      {time * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}  {budget:6d} {block:5d} {size.value / 1e6:8.1f}")
+            report("express", time, single, 4 * dim * heads * seen, out, budget, block, size.value)
             express.call("express_destroy", C.byref(cache))
+            del scratch
         del q, k, v, nhd, exact, out
         torch.cuda.empty_cache()
     return rows
