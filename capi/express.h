@@ -81,12 +81,12 @@ EXPRESS_API const char *express_status_name(express_status status);
  * call. */
 EXPRESS_API const char *express_last_error(void);
 
-/* major * 10000 + minor * 100 + patch of the library that is loaded (the header's: EXPRESS_VERSION_*), and "1.0.0". */
+/* major * 10000 + minor * 100 + patch of the library that is loaded (the header's: EXPRESS_VERSION_*), and the same as
+ * text, "1.1.0". */
 EXPRESS_API uint32_t express_version(void);
 EXPRESS_API const char *express_version_string(void);
 
-/* --------------------------------------------------------------------------------------------------------- tensors
- * ---- */
+/* ------------------------------------------------------------------------------------------------------ tensors ---- */
 
 /* Element types. 3 and above are reserved for 8-bit storage. */
 typedef enum express_dtype {

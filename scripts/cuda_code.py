@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
-"""What CUDA code a library holds:  scripts/cuda_code.py LIBRARY [WANTED...]
+"""What CUDA code a library holds:  scripts/cuda_code.py LIBRARY [WANTED...] [only:sm_NN...]
 
-Fails unless every CUDA source in it was compiled for every WANTED: sm_NN (machine code) or compute_NN (PTX). Reads the
-section itself: cuobjdump is not part of every CUDA installation.
+Fails unless every CUDA source in it was compiled for every WANTED: sm_NN (machine code) or compute_NN (PTX); except one source
+for each only:sm_NN, with that architecture's own instructions and code for no other. Reads the section itself: cuobjdump is not
+part of every CUDA installation.
 """
 import pathlib
 import struct
@@ -39,7 +40,9 @@ def containers(section):
 def main():
     if len(sys.argv) < 2:
         sys.exit(__doc__)
-    library, wanted = sys.argv[1], set(sys.argv[2:])
+    library = sys.argv[1]
+    wanted = {arch for arch in sys.argv[2:] if not arch.startswith("only:")}
+    own = [[arch.removeprefix("only:")] for arch in sys.argv[2:] if arch.startswith("only:")]
     with tempfile.TemporaryDirectory() as directory:
         section = pathlib.Path(directory) / "fatbin"
         copy = pathlib.Path(directory) / "copy"
@@ -49,6 +52,10 @@ def main():
         found = list(containers(section.read_bytes()))
     for code in found:
         print(*code)
+    for code in own:
+        if code not in found:
+            sys.exit(f"cuda_code: no source for {code[0]} alone")
+        found.remove(code)
     missing = [sorted(wanted - set(code)) for code in found if not wanted <= set(code)]
     if missing or not found:
         sys.exit(f"cuda_code: missing: {missing or 'everything'}")

@@ -70,6 +70,12 @@ case $step in
     "$cc" -std=c99 "${flags[@]}" "$source/examples/c/decode_loop.c" $(pkg-config --cflags --libs express) -lm \
       -o "$work/decode_loop_c"
     "$work/decode_loop_c"
+    if [[ $cuda == ON ]]; then
+      # shellcheck disable=SC2046 # the flags are words
+      "$cxx" -std=c++17 "${flags[@]}" "$source/examples/cuda/decode_graph.cc" $(pkg-config --cflags --libs express) \
+        -isystem "$CUDA_INCLUDES" -L"$CUDA_LIBRARIES" -lcudart_static -lpthread -ldl -lrt -o "$work/decode_graph"
+      "$work/decode_graph"
+    fi
     use_without_gpu "$prefix" "$cuda"
     ;;
   cmake)
