@@ -19,63 +19,16 @@ import triton
 import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-AUTO = -1
-CUDA = 2
-BF16, F32 = 2, 0
+import express_abi
+from express_abi import BF16, CUDA, Workspace
+
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
 
-class Config(C.Structure):  # express_config
-    _fields_ = (
-        [("struct_size", C.c_uint32)]
-        + [(n, C.c_int32) for n in ("layers", "query_heads", "kv_heads", "key_dim", "value_dim")]
-        + [("scale", C.c_double)]
-        + [(n, C.c_int32) for n in ("dtype", "device_type", "device_id", "first_layer", "first_kv_head", "budget_unit")]
-        + [(n, C.c_int64) for n in ("budget", "sinks", "window", "protected_entries", "rollback_reserve")]
-        + [("head_share", C.c_void_p), ("head_share_count", C.c_int64), ("head_settings", C.c_void_p),
-           ("head_settings_count", C.c_int64), ("schedule", C.c_int32), ("halving", C.c_int32)]
-        + [(n, C.c_double) for n in ("weight_exponent", "gamma", "tau", "delta", "level_fraction")]
-        + [("level_floor", C.c_int64), ("max_levels", C.c_int64), ("seed", C.c_uint64)]
-        + [(n, C.c_int32) for n in ("prefill_block", "auto_compress", "validate", "threads")]
-        + [("parallel_for", C.c_void_p), ("parallel_for_context", C.c_void_p), ("stream", C.c_void_p)])
-
-
-class Tensor(C.Structure):  # express_tensor
-    _fields_ = [("data", C.c_void_p), ("device_type", C.c_int32), ("device_id", C.c_int32), ("dtype", C.c_int32),
-                ("ndim", C.c_int32), ("shape", C.POINTER(C.c_int64)), ("strides", C.POINTER(C.c_int64))]
-
-
-class Workspace(C.Structure):
-    _fields_ = [("data", C.c_void_p), ("bytes", C.c_size_t)]
-
-
-class Express:
-    def __init__(self, path):
-        self.lib = C.CDLL(path)
-        self.lib.express_last_error.restype = C.c_char_p
-        self.lib.express_destroy.restype = None
-
-    def call(self, name, *args):
-        status = getattr(self.lib, name)(*args)
-        if status:
-            raise RuntimeError(f"{name}: {status}: {self.lib.express_last_error().decode()}")
-
-    def view(self, t):
-        shape, strides = (C.c_int64 * t.dim())(*t.shape), (C.c_int64 * t.dim())(*t.stride())
-        view = Tensor(t.data_ptr(), CUDA, t.device.index or 0, BF16 if t.dtype == torch.bfloat16 else F32, t.dim(), shape, strides)
-        view.keep = t
-        return view
-
+class Express(express_abi.Express):
     def create(self, **fields):
-        config = Config()
-        self.call("express_config_init", C.byref(config), C.c_uint32(C.sizeof(Config)))
-        config.device_type, config.dtype = CUDA, BF16
-        config.stream = torch.cuda.current_stream().cuda_stream
-        for name, value in fields.items():
-            setattr(config, name, value)
-        cache = C.c_void_p()
-        self.call("express_create", C.byref(config), C.byref(cache))
-        return cache
+        stream = torch.cuda.current_stream().cuda_stream
+        return super().create(**{"device_type": CUDA, "dtype": BF16, "stream": stream, **fields})
 
 
 @triton.jit
