@@ -193,7 +193,7 @@ TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
           ASSERT_OK(pair.gpu.WorkspaceSize(n, &bytes));
           void* scratch = nullptr;
           ASSERT_CUDA(cudaMalloc(&scratch, bytes));
-          ASSERT_CUDA(cudaMemset(scratch, 0xFF, bytes));
+          ASSERT_CUDA(cudaMemsetAsync(scratch, 0xFF, bytes, stream_));
           const Workspace workspace{scratch, bytes};
           ASSERT_OK(pair.gpu.Prefill(layer, q.Gpu(at, n), k.Gpu(at, n), v.Gpu(at, n), out.Gpu(at, n),
                                      lse.Gpu(at, n).get(), &workspace));
@@ -280,7 +280,7 @@ TEST_F(CacheTest, CompressesAsTheCpuDoes) {
         ASSERT_OK(ExpressCache::CompressKvWorkspace(gpu, &bytes));
         void* scratch = nullptr;
         ASSERT_CUDA(cudaMalloc(&scratch, bytes));
-        ASSERT_CUDA(cudaMemset(scratch, 0xFF, bytes));
+        ASSERT_CUDA(cudaMemsetAsync(scratch, 0xFF, bytes, stream_));
         ASSERT_OK(ExpressCache::CompressKv(gpu, k.Gpu(), v.Gpu(), ok.Gpu(), ov.Gpu(), w.Gpu(), p.Gpu().get(), &count,
                                            {scratch, bytes}));
         ASSERT_CUDA(cudaStreamSynchronize(stream_));
