@@ -1,7 +1,6 @@
 """The C ABI of Express through ctypes, for the benchmarks: tensors are NumPy arrays (CPU) or PyTorch's (CPU or CUDA)."""
 import ctypes as C
 
-AUTO = -1
 CPU, CUDA = 1, 2  # express_device_type
 F32, F16, BF16 = 0, 1, 2  # express_dtype
 COIN = 1  # express_halving
@@ -31,10 +30,6 @@ class Workspace(C.Structure):  # express_workspace
     _fields_ = [("data", C.c_void_p), ("bytes", C.c_size_t)]
 
 
-def address(t):
-    return t.data_ptr() if hasattr(t, "data_ptr") else t.ctypes.data
-
-
 class Express:
     def __init__(self, path):
         self.lib = C.CDLL(path)
@@ -50,13 +45,14 @@ class Express:
         """Of a tensor or array of float32 or bfloat16 (NumPy: its bits as uint16), which lives as long as the view."""
         dims = C.c_int64 * t.ndim
         if hasattr(t, "data_ptr"):
-            device = CUDA if t.is_cuda else CPU
-            index, strides = t.device.index or 0, dims(*t.stride())
+            data, device, index = t.data_ptr(), CUDA if t.is_cuda else CPU, t.device.index or 0
+            strides = dims(*t.stride())
             dtype = {"torch.float32": F32, "torch.float16": F16, "torch.bfloat16": BF16}[str(t.dtype)]
         else:
-            device, index, strides = CPU, 0, dims(*(s // t.itemsize for s in t.strides))
+            data, device, index = t.ctypes.data, CPU, 0
+            strides = dims(*(s // t.itemsize for s in t.strides))
             dtype = {"float32": F32, "float16": F16, "uint16": BF16}[t.dtype.name]
-        view = Tensor(address(t), device, index, dtype, t.ndim, dims(*t.shape), strides)
+        view = Tensor(data, device, index, dtype, t.ndim, dims(*t.shape), strides)
         view.keep = t
         return view
 
@@ -72,15 +68,6 @@ class Express:
     def destroy(self, cache):
         self.lib.express_destroy(C.byref(cache))
 
-    def workspace_size(self, cache, n):
-        """Bytes of scratch that a prefill of n tokens needs."""
-        size = C.c_size_t()
-        self.call("express_workspace_size", cache, C.c_int64(n), C.byref(size))
-        return size.value
-
-    def prefill(self, cache, q, k, v, out, scratch=None, layer=0):
-        """scratch: uint8 array of workspace_size() bytes, or None where that is 0."""
-        workspace = None
-        if scratch is not None:
-            workspace = C.byref(Workspace(address(scratch), len(scratch)))
-        self.call("express_prefill", cache, C.c_int32(layer), *[C.byref(self.view(t)) for t in (q, k, v, out)], None, workspace)
+    def prefill(self, cache, layer, q, k, v, out):
+        """On the CPU, where no workspace is needed."""
+        self.call("express_prefill", cache, C.c_int32(layer), *[C.byref(self.view(t)) for t in (q, k, v, out)], None, None)

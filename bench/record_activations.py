@@ -31,8 +31,13 @@ def from_bf16(bits):
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
+def threads():
+    """As many as this process may use (taskset)."""
+    return len(os.sched_getaffinity(0))
+
+
 def parallel(task, items):
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    with concurrent.futures.ThreadPoolExecutor(threads()) as pool:
         list(pool.map(task, items))
 
 
