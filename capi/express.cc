@@ -418,4 +418,32 @@ express_status express_bytes(const express_cache* cache, int64_t* bytes) {
   });
 }
 
+express_status express_save_size(const express_cache* cache, size_t* bytes) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}, {"bytes", bytes}}));
+    return From(cache)->SaveSize(bytes);
+  });
+}
+
+express_status express_save(const express_cache* cache, void* data, size_t bytes) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}, {"data", data}}));
+    return From(cache)->Save(data, bytes);
+  });
+}
+
+express_status express_load(express_cache* cache, const void* data, size_t bytes) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}, {"data", data}}));
+    return From(cache)->Load(data, bytes);
+  });
+}
+
+express_status express_copy(express_cache* cache, const express_cache* from) {
+  return Guard([&] {
+    EXPRESS_RETURN_IF_ERROR(NotNull({{"cache", cache}, {"from", from}}));
+    return From(cache)->Copy(*From(from));
+  });
+}
+
 }  // extern "C"

@@ -368,6 +368,23 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_export(const express_cache *
                                                            const express_tensor *log_weight,
                                                            const express_tensor *position, int64_t *count);
 
+/* ------------------------------------------------------------------------------------------------ save and fork ---- */
+
+/* Since 1.1. A cache as bytes in the host's memory, to be kept or sent: keys, values, weights, positions and all state, so that a
+ * loaded cache goes on exactly as the saved one would have. The configuration is not among them: express_load needs a cache whose
+ * model, dtype, budgets, method, seed and first_layer, first_kv_head are those of the saved one (another device, query_heads,
+ * weight_exponent, prefill_block, threads are fine), and takes the place of all that it held. How many bytes there are depends on
+ * the configuration alone. On CUDA both calls wait for the stream. Bytes are checked (configuration, checksum) before
+ * anything changes; they are trusted beyond that. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_save_size(const express_cache *cache, size_t *bytes);
+EXPRESS_API EXPRESS_MUST_USE express_status express_save(const express_cache *cache, void *data, size_t bytes);
+EXPRESS_API EXPRESS_MUST_USE express_status express_load(express_cache *cache, const void *data, size_t bytes);
+
+/* Since 1.1. Makes `cache` hold what `from` holds: to fork a sequence, or to reorder beams. Both on one device and of configurations
+ * that express_load would accept; on CUDA the copy is enqueued on the stream of `cache`, after the work of `from` and before what
+ * comes next on its stream. */
+EXPRESS_API EXPRESS_MUST_USE express_status express_copy(express_cache *cache, const express_cache *from);
+
 /* ------------------------------------------------------------------------------------------ one-shot compression ---- */
 
 /* Compresses a given cache of n tokens into a weighted one with the config's schedule, sinks, window and protection.

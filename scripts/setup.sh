@@ -3,7 +3,7 @@
 # before it; the default is test. Touches nothing, not even the network, when all is there.
 set -euo pipefail
 
-packages=(g++ cmake ninja-build pkg-config libhwy-dev libtbb-dev)
+packages=(g++ cmake ninja-build pkg-config libhwy-dev libtbb-dev libxxhash-dev)
 demo=(libcli11-dev nlohmann-json3-dev python3)
 test=(binutils libgtest-dev libgmock-dev libbenchmark-dev)
 ci=(clang-format g++-aarch64-linux-gnu git)

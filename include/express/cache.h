@@ -71,6 +71,10 @@ class EXPRESS_EXPORT ExpressCache {
   Status Reset();
   Status GetStats(int32_t layer, Stats* stats) const;
   Status Bytes(int64_t* bytes) const;
+  Status SaveSize(size_t* bytes) const;
+  Status Save(void* data, size_t bytes) const;
+  Status Load(const void* data, size_t bytes);
+  Status Copy(const ExpressCache& from);
 
   // express_append_batch, express_attend_batch.
   static Status AppendBatch(std::span<ExpressCache* const> caches, int32_t layer, const Tensor& k, const Tensor& v);

@@ -11,6 +11,7 @@
 #include "src/cache/check.h"
 #include "src/cache/plans.h"
 #include "src/cache/resolve.h"
+#include "src/core/archive.h"
 
 namespace express::cache {
 
@@ -67,6 +68,10 @@ class Cache {
   Status Reset();
   Status GetStats(int32_t layer, Stats* stats) const;
   Status Bytes(int64_t* bytes) const;
+  Status SaveSize(size_t* bytes) const;
+  Status Save(void* data, size_t bytes) const;
+  Status Load(const void* data, size_t bytes);
+  Status Copy(const Cache& from);
 
   // One more token of one layer in each of `count` caches, and their attention: k and v (count, kv_heads, dim), q and out
   // (count, query_heads, dim), lse (count, query_heads).
@@ -84,6 +89,15 @@ class Cache {
     const Array* lse_or_null() const { return has_lse ? &lse : nullptr; }
   };
 
+  // What one head holds, in the host's memory.
+  struct HeadArrays {
+    char *key, *value;          // (capacity, dim) of the storage type
+    int64_t* position;          // (capacity)
+    float *mean, *sum, *score;  // (key_dim) twice, (protect); nothing where nothing is protected
+    int32_t* protected_slot;    // (protect)
+    int64_t protected_count, weakest;
+  };
+
   Cache(const Resolved& resolved, const Plans& plans, int64_t bytes, TensorCheck check);
   virtual ~Cache() = default;
 
@@ -99,6 +113,14 @@ class Cache {
   virtual Status ExportHead(int32_t head, const Array& k, const Array& v, const Array* log_weight,
                             const Array* position) const = 0;
   virtual Status ResetData() = 0;
+  // Save and load: a head's arrays, in place or in `staging` (StagingBytes, aligned); what they hold is read from the device first
+  // if `read`, and goes there by StoreHead.
+  virtual size_t StagingBytes() const { return 0; }
+  virtual Status OpenHead(int32_t head, bool read, void* staging, HeadArrays* arrays) const = 0;
+  virtual Status StoreHead(int32_t head, const HeadArrays& arrays) = 0;
+  virtual Status FinishLoad() { return Status(); }
+  // Everything that heads hold, from a cache of the same backend and shape.
+  virtual Status CopyHeads(const Cache& from) = 0;
   virtual double CompressSeconds() const { return 0; }
   virtual Status DoStepPrepare(int64_t) { return Status(); }
   virtual Status DoStepCancel() { return Status(); }
@@ -107,6 +129,12 @@ class Cache {
   virtual int64_t LayerTokens(int32_t layer) const { return plans_.plans[first_plan(layer)].plan.tokens(); }
   virtual Status DoAppendBatch(Cache* const* caches, int64_t count, const Input& input);
   virtual Status DoAttendBatch(const Cache* const* caches, int64_t count, int32_t layer, const Queries& queries) const;
+
+  uint64_t Fingerprint() const;
+  void TransferPlans(Archive& archive);
+  void TransferHead(Archive& archive, int32_t head, HeadArrays& arrays) const;
+  int32_t HeadCount() const { return config_.layers * config_.kv_heads; }
+  const plan::Setting& HeadSettingOf(int32_t head) const { return plans_.plans[plans_.head_plan[head]].plan.setting(); }
 
   int32_t first_plan(int32_t layer) const { return plans_.layer_plans[layer]; }
   int32_t end_plan(int32_t layer) const { return plans_.layer_plans[layer + 1]; }

@@ -148,6 +148,64 @@ void CpuCache::Delete() {
   std::free(this);
 }
 
+// In place.
+Status CpuCache::OpenHead(int32_t index, bool, void*, HeadArrays* arrays) const {
+  const HeadState& head = parts_.heads[index];
+  const cpu::Protection& p = head.protection;
+  *arrays = {.key = static_cast<char*>(head.slab.key),
+             .value = static_cast<char*>(head.slab.value),
+             .position = head.slab.position,
+             .mean = p.mean,
+             .sum = p.sum,
+             .score = p.score,
+             .protected_slot = p.slot,
+             .protected_count = p.count,
+             .weakest = p.weakest};
+  return Status();
+}
+
+Status CpuCache::StoreHead(int32_t index, const HeadArrays& arrays) {
+  parts_.heads[index].protection.count = arrays.protected_count;
+  parts_.heads[index].protection.weakest = arrays.weakest;
+  return Status();
+}
+
+// From the plans' weights.
+Status CpuCache::FinishLoad() {
+  for (int32_t i = 0; i < plans_.plan_count; ++i) {
+    const PlanState& state = plans_.plans[i];
+    for (int64_t slot = 0; slot < state.plan.setting().budget; ++slot) {
+      const int64_t weight = state.plan.weights()[slot];
+      state.log_weight[slot] = weight > 0 ? LogWeight(weight) : -std::numeric_limits<float>::infinity();
+    }
+  }
+  return Status();
+}
+
+Status CpuCache::CopyHeads(const Cache& other) {
+  const auto& from = static_cast<const CpuCache&>(other);
+  for (int32_t h = 0; h < HeadCount(); ++h) {
+    const HeadState& source = from.parts_.heads[h];
+    HeadState& head = parts_.heads[h];
+    const int64_t capacity = head.slab.capacity, element = SizeOf(head.slab.dtype);
+    std::copy_n(static_cast<const char*>(source.slab.key), capacity * head.slab.key_dim * element,
+                static_cast<char*>(head.slab.key));
+    std::copy_n(static_cast<const char*>(source.slab.value), capacity * head.slab.value_dim * element,
+                static_cast<char*>(head.slab.value));
+    std::copy_n(source.slab.position, capacity, head.slab.position);
+    head.protection.count = source.protection.count;
+    head.protection.weakest = source.protection.weakest;
+    if (head.protection.capacity == 0) continue;
+    std::copy_n(source.protection.mean, config_.key_dim, head.protection.mean);
+    std::copy_n(source.protection.sum, config_.key_dim, head.protection.sum);
+    std::copy_n(source.protection.score, source.protection.count, head.protection.score);
+    std::copy_n(source.protection.slot, source.protection.count, head.protection.slot);
+  }
+  for (int32_t i = 0; i < plans_.plan_count; ++i)
+    std::copy_n(from.plans_.plans[i].log_weight, plans_.plans[i].plan.setting().budget, plans_.plans[i].log_weight);
+  return Status();
+}
+
 // Rank-2 k and v, rank-1 weights and positions.
 Status CpuCache::ExportHead(int32_t index, const Array& k, const Array& v, const Array* log_weight,
                             const Array* position) const {

@@ -71,6 +71,10 @@ class CpuCache final : public Cache {
   Status ExecuteOperations(int32_t plan) override;
   Status ExportHead(int32_t head, const Array& k, const Array& v, const Array* log_weight,
                     const Array* position) const override;
+  Status OpenHead(int32_t head, bool read, void* staging, HeadArrays* arrays) const override;
+  Status StoreHead(int32_t head, const HeadArrays& arrays) override;
+  Status FinishLoad() override;
+  Status CopyHeads(const Cache& from) override;
   Status ResetData() override;
   void ResetHeads();
   double CompressSeconds() const override { return static_cast<double>(compress_nanoseconds_.load()) * 1e-9; }

@@ -104,6 +104,11 @@ class CudaCache final : public Cache {
   Status ExecuteOperations(int32_t plan) override;
   Status ExportHead(int32_t head, const Array& k, const Array& v, const Array* log_weight,
                     const Array* position) const override;
+  size_t StagingBytes() const override;
+  Status OpenHead(int32_t head, bool read, void* staging, HeadArrays* arrays) const override;
+  Status StoreHead(int32_t head, const HeadArrays& arrays) override;
+  Status FinishLoad() override;
+  Status CopyHeads(const Cache& from) override;
   Status ResetData() override;
   Status DoStepPrepare(int64_t n) override;
   Status DoStepCancel() override;
@@ -139,6 +144,9 @@ class CudaCache final : public Cache {
                       int64_t tokens) const;
   Status Launched(const char* what) const;
   Status BreakOn(const Status& status);
+  // cuda_save.cc
+  template <class Body>
+  Status ForEachArray(int32_t head, const HeadArrays& arrays, const Body& body) const;
   cuda::HalveParams Halve() const;
 
   CudaParts parts_;

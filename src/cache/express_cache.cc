@@ -43,6 +43,16 @@ Status ExpressCache::Prefill(int32_t layer, const Tensor& q, const Tensor& k, co
 Status ExpressCache::SetStream(void* stream) { return cache_ == nullptr ? Empty() : cache_->SetStream(stream); }
 Status ExpressCache::StepPrepare(int64_t n) { return cache_ == nullptr ? Empty() : cache_->StepPrepare(n); }
 Status ExpressCache::StepCancel() { return cache_ == nullptr ? Empty() : cache_->StepCancel(); }
+Status ExpressCache::SaveSize(size_t* bytes) const { return cache_ == nullptr ? Empty() : cache_->SaveSize(bytes); }
+Status ExpressCache::Save(void* data, size_t bytes) const {
+  return cache_ == nullptr ? Empty() : cache_->Save(data, bytes);
+}
+Status ExpressCache::Load(const void* data, size_t bytes) {
+  return cache_ == nullptr ? Empty() : cache_->Load(data, bytes);
+}
+Status ExpressCache::Copy(const ExpressCache& from) {
+  return cache_ == nullptr || from.cache_ == nullptr ? Empty() : cache_->Copy(*from.cache_);
+}
 Status ExpressCache::AppendBatch(std::span<ExpressCache* const> caches, int32_t layer, const Tensor& k,
                                  const Tensor& v) {
   std::vector<cache::Cache*> inner(caches.size());

@@ -34,6 +34,13 @@ class BudgetSchedule {
   int64_t MaxOps() const { return 8 + slots_ / max_list_; }
   int64_t MaxSlots() const { return slots_ + max_list_ + 8; }
 
+  void Transfer(Archive& archive) {
+    for (Fifo& level : levels_) archive.Field(level);
+    reservoir_.Transfer(archive);
+    archive.Field(bottom_);
+    archive.Field(population_);
+  }
+
   int64_t population() const { return population_; }
   int bottom() const { return bottom_; }
   int64_t level_count(int level) const { return levels_[static_cast<size_t>(level)].count; }

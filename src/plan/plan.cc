@@ -110,4 +110,18 @@ void Plan::Rollback(int64_t tokens, Operations& out) {
   tokens_ -= tokens;
 }
 
+void Plan::Transfer(Archive& archive) {
+  for (int64_t* count : {&sink_count_, &tail_count_, &protected_count_, &tokens_, &departures_}) archive.Field(*count);
+  pool_.Transfer(archive);
+  std::visit([&](auto& schedule) { schedule.Transfer(archive); }, schedule_);
+  archive.Array(sinks_, sink_count_, setting_.sinks);
+  if (archive.reading()) tail_begin_ = 0;
+  for (int64_t i = 0; i < tail_count_; ++i) {  // the oldest first, wherever the ring begins
+    Slot slot = archive.reading() ? kNoSlot : tail_slot(i);
+    archive.Field(slot);
+    if (archive.reading()) tail_[i] = slot;
+  }
+  archive.Array(tail_, 0, setting_.tail() - tail_count_);
+}
+
 }  // namespace express::plan

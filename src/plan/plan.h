@@ -65,6 +65,9 @@ class Plan {
     std::visit([&](const auto& schedule) { schedule.ForEachSlot(pool_, body); }, schedule_);
   }
 
+  // All that Reset forgets. What is read was written by a plan of the same setting.
+  void Transfer(Archive& archive);
+
   const BudgetSchedule* budget_schedule() const { return std::get_if<BudgetSchedule>(&schedule_); }
 
  private:

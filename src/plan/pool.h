@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "src/core/archive.h"
 #include "src/plan/operations.h"
 
 namespace express::plan {
@@ -66,6 +67,14 @@ class Pool {
   int64_t live() const { return live_; }
   int64_t halvings() const { return halvings_; }
 
+  void Transfer(Archive& archive) {
+    archive.Array(weight_, capacity_, capacity_);
+    archive.Array(next_, capacity_, capacity_);
+    archive.Field(free_);
+    archive.Field(live_);
+    archive.Field(halvings_);
+  }
+
  private:
   int64_t* weight_;  // (capacity)
   Slot* next_;       // (capacity): free list and Fifos
@@ -90,6 +99,12 @@ class Reservoir {
   int64_t weight() const { return weight_; }  // 0: empty
   Slot slot() const { return slot_; }
   void Reset() { *this = Reservoir(); }
+
+  void Transfer(Archive& archive) {
+    archive.Field(slot_);
+    archive.Field(weight_);
+    archive.Field(samples_);
+  }
 
  private:
   Slot slot_ = kNoSlot;

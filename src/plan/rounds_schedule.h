@@ -34,6 +34,13 @@ class RoundsSchedule {
   int64_t MaxOps() const { return 8 + kLevels; }
   int64_t MaxSlots() const { return 10 * s_ + 8; }
 
+  void Transfer(Archive& archive) {
+    archive.Field(m_);
+    archive.Field(finished_);
+    for (Fifo& rung : ladder_) archive.Field(rung);
+    reservoir_.Transfer(archive);
+  }
+
   int64_t s() const { return s_; }
   int round_exponent() const { return m_; }  // m: finished entries weigh 2^m
 

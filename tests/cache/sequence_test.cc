@@ -204,13 +204,14 @@ class Sequence {
     c_.first_kv_head = static_cast<int32_t>(Pick(0, 9));
     c_.threads = static_cast<int32_t>(Pick(1, 2));
     EXPECT_OK(ExpressCache::Create(c_, &cache_));
+    EXPECT_OK(ExpressCache::Create(c_, &other_));
     Clear();
   }
 
   void Run(int calls) {
     for (int i = 0; i < calls && !testing::Test::HasFailure(); ++i) {
       const auto layer = static_cast<int32_t>(Pick(0, 1));
-      switch (Pick(0, 11)) {
+      switch (Pick(0, 12)) {
         case 0:
           Rollback();
           break;
@@ -224,7 +225,10 @@ class Sequence {
           }
           break;
         case 3:
+          GoOnInAnother();
+          break;
         case 4:
+        case 5:
           Append(layer, Pick(0, 150), true);
           break;
         default:
@@ -278,6 +282,21 @@ class Sequence {
     }
     EXPECT_EQ(room, expected);
   }
+  // In a cache that has held something else, by saved bytes or by a copy.
+  void GoOnInAnother() {
+    const Stream s(c_, 50);
+    EXPECT_OK(express::Append(other_, c_, 0, s, 0, Pick(0, 50)));
+    if (Pick(0, 1) == 0) {
+      EXPECT_OK(other_.Copy(cache_));
+    } else {
+      size_t bytes = 0;
+      EXPECT_OK(cache_.SaveSize(&bytes));
+      std::vector<char> data(bytes);
+      EXPECT_OK(cache_.Save(data.data(), bytes));
+      EXPECT_OK(other_.Load(data.data(), bytes));
+    }
+    std::swap(cache_, other_);
+  }
   void Compare() {
     for (int32_t layer = 0; layer < c_.layers; ++layer)
       for (int32_t g = 0; g < c_.kv_heads; ++g) {
@@ -292,7 +311,7 @@ class Sequence {
   std::mt19937 rng_;
   Shape shape_;
   Config c_;
-  ExpressCache cache_;
+  ExpressCache cache_, other_;
   std::vector<SlowHead> heads_;
 };
 

@@ -203,6 +203,12 @@ TEST_F(Errors, NullPointers) {
     return express_get_stats(cache, 0, &stats);
   });
   Expect(bad, "bytes:", [&] { return express_bytes(cache, nullptr); });
+  Expect(bad, "bytes:", [&] { return express_save_size(cache, nullptr); });
+  Expect(bad, "data:", [&] { return express_save(cache, nullptr, 1 << 20); });
+  Expect(bad, "data:", [&] { return express_load(cache, nullptr, 1 << 20); });
+  Expect(bad, "bytes:", [&] { return express_load(cache, &count, sizeof(count)); });
+  Expect(bad, "cache", [&] { return express_copy(nullptr, cache); });
+  Expect(bad, "from:", [&] { return express_copy(cache, nullptr); });
   Expect(bad,
          "workspace:", [&] { return express_compress_kv(&config, &k, &v, &k, &v, &lse, nullptr, &count, nullptr); });
 }

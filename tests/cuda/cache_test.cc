@@ -396,6 +396,50 @@ TEST_F(CacheTest, GraphReplayEqualsEagerCalls) {
   }
 }
 
+TEST_F(CacheTest, SavedOnOneDeviceLoadedOnTheOther) {
+  std::mt19937 rng(12);
+  for (int variant = 0; variant < 6; ++variant) {
+    SCOPED_TRACE(variant);
+    const Config c = Variant(variant, DType::kBF16);
+    constexpr int64_t kTokens = 900;
+    Mirror k({kTokens, c.kv_heads, c.key_dim}, c.dtype), v({kTokens, c.kv_heads, c.value_dim}, c.dtype);
+    k.Fill(rng);
+    v.Fill(rng);
+    Pair pair(c, stream_);
+    ExpressCache gpu;  // with tokens of another stream, so that two streams meet in a copy
+    cudaStream_t other = nullptr;
+    ASSERT_CUDA(cudaStreamCreateWithFlags(&other, cudaStreamNonBlocking));
+    Config other_config = pair.gpu_config;
+    other_config.stream = other;
+    ASSERT_OK(ExpressCache::Create(other_config, &gpu));
+    std::vector<char> data, again;
+    size_t bytes = 0;
+    ASSERT_OK(pair.gpu.SaveSize(&bytes));
+    data.resize(bytes), again.resize(bytes);
+    for (int32_t layer = 0; layer < c.layers; ++layer) {
+      ASSERT_OK(pair.gpu.Append(layer, k.Gpu(0, 500), v.Gpu(0, 500)));
+      ASSERT_OK(gpu.Append(layer, k.Gpu(100, 77), v.Gpu(100, 77)));
+    }
+    ASSERT_OK(pair.gpu.Save(data.data(), bytes));
+    ASSERT_OK(pair.cpu.Load(data.data(), bytes));
+    ASSERT_OK(pair.cpu.Save(again.data(), bytes));
+    EXPECT_EQ(data, again);
+    ASSERT_OK(gpu.Copy(pair.gpu));
+    ASSERT_OK(pair.gpu.Reset());
+    ASSERT_OK(pair.gpu.Load(again.data(), bytes));
+    ASSERT_OK(gpu.Save(again.data(), bytes));
+    EXPECT_EQ(data, again);
+    for (int32_t layer = 0; layer < c.layers; ++layer)
+      for (ExpressCache* one : {&pair.gpu, &gpu})
+        ASSERT_OK(one->Append(layer, k.Gpu(500, kTokens - 500), v.Gpu(500, kTokens - 500)));
+    ASSERT_CUDA(cudaDeviceSynchronize());
+    for (int32_t layer = 0; layer < c.layers; ++layer)
+      EXPECT_EQ(Export(gpu, c, layer, 1, DeviceType::kCuda), Export(pair.gpu, c, layer, 1, DeviceType::kCuda));
+    gpu = ExpressCache();
+    ASSERT_CUDA(cudaStreamDestroy(other));
+  }
+}
+
 TEST_F(CacheTest, BatchesEqualSingleCalls) {
   std::mt19937 rng(7);
   constexpr int64_t kCaches = 9, kSteps = 600;

@@ -1,0 +1,183 @@
+// A cache as bytes, and a cache from another one.
+//
+// The bytes are those of the fields one after the other, little-endian as all machines are that this runs on; their number depends
+// on the configuration alone. They are the same whatever device the cache is on.
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include <bit>
+#include <cstring>
+#include <memory>
+
+#include "src/cache/cache.h"
+#include "src/cache/message.h"
+
+namespace express::cache {
+namespace {
+
+static_assert(std::endian::native == std::endian::little);
+
+struct Header {
+  char magic[8] = {'E', 'X', 'P', 'R', 'E', 'S', 'S', 0};
+  uint32_t format = 1, reserved = 0;
+  uint64_t bytes = 0;        // in all
+  uint64_t fingerprint = 0;  // of the configuration
+  uint64_t checksum = 0;     // of all that follows
+};
+static_assert(sizeof(Header) == 40);
+
+uint64_t Hash(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
+
+// Memory for the length of a call.
+class Staging {
+ public:
+  explicit Staging(size_t bytes) : data_(bytes > 0 ? new char[bytes] : nullptr) {}
+  void* data() const { return data_.get(); }
+
+ private:
+  std::unique_ptr<char[]> data_;
+};
+
+}  // namespace
+
+// Of all that decides what is kept, and in which places. Devices, threads and what only attention uses may differ.
+uint64_t Cache::Fingerprint() const {
+  const Config& c = config_;
+  XXH3_state_t state;
+  XXH3_64bits_reset(&state);
+  const auto add = [&](const auto&... fields) { (XXH3_64bits_update(&state, &fields, sizeof(fields)), ...); };
+  add(c.layers, c.kv_heads, c.key_dim, c.value_dim, c.scale, c.dtype, c.first_layer, c.first_kv_head, c.halving,
+      c.gamma, c.tau, c.delta, c.seed);
+  for (int32_t h = 0; h < c.layers * c.kv_heads; ++h) {
+    const plan::Setting& s = HeadSettingOf(h);
+    add(s.budget, s.sinks, s.window, s.reserve, s.protect, s.schedule, s.level_fraction, s.level_floor, s.max_levels);
+  }
+  return XXH3_64bits_digest(&state);
+}
+
+// Plans and counts, which the host keeps.
+void Cache::TransferPlans(Archive& archive) {
+  for (int32_t i = 0; i < plans_.plan_count; ++i) plans_.plans[i].plan.Transfer(archive);
+  archive.Array(plans_.layer_peak, config_.layers, config_.layers);
+  archive.Field(entries_peak_);
+}
+
+// Live slots and zeros; the plan knows which are live.
+void Cache::TransferHead(Archive& archive, int32_t head, HeadArrays& arrays) const {
+  const plan::Plan& plan = plans_.plans[plans_.head_plan[head]].plan;
+  const int64_t budget = plan.setting().budget, protect = plan.setting().protect;
+  const int64_t key_bytes = config_.key_dim * SizeOf(config_.dtype),
+                value_bytes = config_.value_dim * SizeOf(config_.dtype);
+  for (int64_t slot = 0; slot < budget; ++slot) {
+    const bool live = plan.weights()[slot] > 0;
+    archive.Array(arrays.key + slot * key_bytes, live ? key_bytes : 0, key_bytes);
+    archive.Array(arrays.value + slot * value_bytes, live ? value_bytes : 0, value_bytes);
+    archive.Array(arrays.position + slot, live ? 1 : 0, 1);
+  }
+  if (protect == 0) return;
+  archive.Array(arrays.mean, config_.key_dim, config_.key_dim);
+  archive.Array(arrays.sum, config_.key_dim, config_.key_dim);
+  archive.Field(arrays.protected_count);
+  archive.Field(arrays.weakest);
+  archive.Array(arrays.score, arrays.protected_count, protect);
+  archive.Array(arrays.protected_slot, arrays.protected_count, protect);
+}
+
+Status Cache::SaveSize(size_t* bytes) const {
+  Archive archive;
+  const_cast<Cache*>(this)->TransferPlans(archive);  // counting changes nothing
+  HeadArrays none{};
+  for (int32_t h = 0; h < HeadCount(); ++h) TransferHead(archive, h, none);
+  *bytes = sizeof(Header) + archive.used();
+  return Status();
+}
+
+Status Cache::Save(void* data, size_t bytes) const {
+  EXPRESS_RETURN_IF_ERROR(CheckUsable());
+  EXPRESS_RETURN_IF_ERROR(CheckSettled());
+  size_t needed = 0;
+  EXPRESS_RETURN_IF_ERROR(SaveSize(&needed));
+  if (bytes < needed)
+    return Error(StatusCode::kBufferTooSmall, "bytes: expected at least ", needed, " (express_save_size), got ", bytes);
+  char* const body = static_cast<char*>(data) + sizeof(Header);
+  const Staging staging(StagingBytes());
+  Archive archive = Archive::Writer(body);
+  const_cast<Cache*>(this)->TransferPlans(archive);  // writing changes nothing
+  for (int32_t h = 0; h < HeadCount(); ++h) {
+    HeadArrays arrays{};
+    EXPRESS_RETURN_IF_ERROR(OpenHead(h, true, staging.data(), &arrays));
+    TransferHead(archive, h, arrays);
+  }
+  Header header;
+  header.bytes = needed;
+  header.fingerprint = Fingerprint();
+  header.checksum = Hash(body, archive.used());
+  std::memcpy(data, &header, sizeof(header));
+  return Status();
+}
+
+Status Cache::Load(const void* data, size_t bytes) {
+  const Header expected;
+  Header header;
+  if (bytes < sizeof(header))
+    return Error(StatusCode::kInvalidArgument, "bytes: expected a saved cache, got ", bytes, " bytes");
+  std::memcpy(&header, data, sizeof(header));
+  if (std::memcmp(header.magic, expected.magic, sizeof(header.magic)) != 0)
+    return Error(StatusCode::kInvalidArgument, "data: not a saved cache");
+  if (header.format != expected.format)
+    return Error(StatusCode::kUnsupported, "data: saved in format ", header.format, ", this library reads ",
+                 expected.format);
+  size_t needed = 0;
+  EXPRESS_RETURN_IF_ERROR(SaveSize(&needed));
+  if (header.fingerprint != Fingerprint() || header.bytes != needed)
+    return Error(StatusCode::kInvalidArgument,
+                 "data: saved from a cache of another configuration: model, dtype, budgets, method and seed must be "
+                 "this cache's");
+  if (bytes < needed) return Error(StatusCode::kInvalidArgument, "bytes: expected ", needed, ", got ", bytes);
+  const char* const body = static_cast<const char*>(data) + sizeof(header);
+  if (Hash(body, needed - sizeof(header)) != header.checksum)
+    return Error(StatusCode::kInvalidArgument, "data: its checksum is wrong");
+  const Staging staging(StagingBytes());
+  EXPRESS_RETURN_IF_ERROR(Reset());
+  broken_ = true;  // until all is there
+  Archive archive = Archive::Reader(body);
+  TransferPlans(archive);
+  for (int32_t h = 0; h < HeadCount(); ++h) {
+    HeadArrays arrays{};
+    EXPRESS_RETURN_IF_ERROR(OpenHead(h, false, staging.data(), &arrays));
+    TransferHead(archive, h, arrays);
+    EXPRESS_RETURN_IF_ERROR(StoreHead(h, arrays));
+  }
+  EXPRESS_RETURN_IF_ERROR(FinishLoad());
+  const int64_t peak = entries_peak_;
+  CountEntries(0, config_.layers);
+  entries_peak_ = peak;
+  broken_ = false;
+  return Status();
+}
+
+Status Cache::Copy(const Cache& from) {
+  if (this == &from) return Status();
+  EXPRESS_RETURN_IF_ERROR(from.CheckUsable());
+  EXPRESS_RETURN_IF_ERROR(from.CheckSettled());
+  EXPRESS_RETURN_IF_ERROR(CheckSettled());
+  if (config_.device_type != from.config_.device_type || config_.device_id != from.config_.device_id)
+    return Error(StatusCode::kDeviceMismatch, "from: expected a cache on the same device");
+  if (Fingerprint() != from.Fingerprint())
+    return Error(StatusCode::kInvalidArgument,
+                 "from: expected a cache of the same configuration: model, dtype, budgets, method and seed");
+  Archive size;
+  TransferPlans(size);
+  const Staging plans(size.used());
+  EXPRESS_RETURN_IF_ERROR(CopyHeads(from));
+  Archive writer = Archive::Writer(plans.data()), reader = Archive::Reader(plans.data());
+  const_cast<Cache&>(from).TransferPlans(writer);  // writing changes nothing
+  TransferPlans(reader);
+  const int64_t peak = entries_peak_;
+  CountEntries(0, config_.layers);
+  entries_peak_ = peak;
+  broken_ = false;
+  return Status();
+}
+
+}  // namespace express::cache
