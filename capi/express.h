@@ -292,9 +292,9 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_attend_batch(const express_c
 /* ----------------------------------------------------------------------------------- CUDA: streams and graphs ---- */
 
 /* On CUDA every call enqueues on the cache's stream and returns: no call but express_create, express_destroy,
- * express_reset, express_save and express_load synchronises, and nothing is allocated on the device after creation. Tensors are device memory, every row of k, v, q and out
- * aligned to 16 bytes; they must live until the stream has passed the call. Concurrent express_attend calls on one cache
- * must be on one stream.
+ * express_reset, express_save and express_load synchronises, and nothing is allocated on the device after creation.
+ * Tensors are device memory, every row of k, v, q and out aligned to 16 bytes; they must live until the stream has passed
+ * the call. Concurrent express_attend calls on one cache must be on one stream.
  *
  * Since 1.1. The stream (cudaStream_t) of later calls. The caller orders it after work of this cache on the old one. On the
  * CPU: EXPRESS_STATUS_UNSUPPORTED. */
