@@ -5,7 +5,7 @@ set -euo pipefail
 
 packages=(g++ cmake ninja-build pkg-config libhwy-dev libtbb-dev libxxhash-dev)
 demo=(libcli11-dev nlohmann-json3-dev python3)
-test=(binutils libgtest-dev libgmock-dev libbenchmark-dev)
+test=(binutils libgtest-dev libgmock-dev libbenchmark-dev python3-dev python3-venv)
 ci=(clang-format g++-aarch64-linux-gnu git)
 
 group=${1:-test}

@@ -26,9 +26,17 @@ cmake --build "$build" -j "$jobs"
 step "Building examples/byte_lm against the installed library"
 build_engine "$build" -DEXPRESS_LM_WERROR="$werror"
 
-# The library's tests and the engine's, as one CTest run with one summary.
+# Bindings against the same installed library.
+mkdir -p "$build/bindings"
+cat >"$build/bindings/CTestTestfile.cmake" <<EOF
+add_test(bindings/python "$PWD/bindings/python/test.sh" "$PWD/$build/bindings/python" "$PWD/$build/stage")
+set_tests_properties(bindings/python PROPERTIES TIMEOUT 900 SKIP_RETURN_CODE 77)
+EOF
+
+# The library's tests, the engine's and the bindings', as one CTest run with one summary.
 mkdir -p "$build/all_tests"
-printf 'subdirs("%s" "%s")\n' "$PWD/$build" "$PWD/$build/byte_lm" >"$build/all_tests/CTestTestfile.cmake"
+printf 'subdirs("%s" "%s" "%s")\n' "$PWD/$build" "$PWD/$build/byte_lm" "$PWD/$build/bindings" \
+  >"$build/all_tests/CTestTestfile.cmake"
 for part in library engine; do
   directory=$build
   if [[ $part == engine ]]; then directory=$build/byte_lm; fi

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Installs the Python package into a virtual environment of its own, from the wheel, and tests it there:
+#   bindings/python/test.sh BUILD_DIR [PREFIX]     PREFIX: an installed Express to build against; without: its sources
+# Exit code 77 if Python's packages cannot be had; with CI set, that is a failure.
+set -euo pipefail
+work=$(mkdir -p "$1" && cd "$1" && pwd)
+prefix=${2:+$(cd "$2" && pwd)}
+cd "$(dirname "$0")"
+
+rm -rf "$work/venv" "$work/wheel"
+python3 -m venv "$work/venv"
+python=$work/venv/bin/python
+if ! "$python" -m pip install -q --disable-pip-version-check numpy pytest mypy nanobind scikit-build-core; then
+  echo "NO PYTHON PACKAGES (numpy, pytest, mypy, nanobind, scikit-build-core): THE PYTHON TESTS DID NOT RUN" >&2
+  if [[ -n ${CI:-} ]]; then exit 1; else exit 77; fi
+fi
+settings=(-C "build-dir=$work/build")
+if [[ -n $prefix ]]; then settings+=(-C cmake.define.EXPRESS_KV_INSTALLED=ON -C "cmake.define.CMAKE_PREFIX_PATH=$prefix"); fi
+"$python" -m pip wheel -q --disable-pip-version-check --no-deps "${settings[@]}" -w "$work/wheel" .
+"$python" -m pip install -q --disable-pip-version-check --no-deps "$work"/wheel/*.whl
+"$python" -m mypy --strict -p express_kv
+"$python" -m pytest -q tests
