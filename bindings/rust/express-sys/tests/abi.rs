@@ -1,0 +1,205 @@
+//! Sizes, offsets, numbers and functions of this crate are those of the installed express.h, as a C compiler sees it.
+
+use express_sys::*;
+use std::collections::BTreeMap;
+use std::mem::size_of;
+use std::process::Command;
+
+macro_rules! offsets {
+    ($map:ident, $type:ident { $($field:ident),* $(,)? }) => {
+        $map.insert(format!("sizeof({})", stringify!($type)), size_of::<$type>() as i64);
+        $({
+            let value = std::mem::MaybeUninit::<$type>::uninit();
+            let base = value.as_ptr();
+            let at = unsafe { std::ptr::addr_of!((*base).$field) } as usize - base as usize;
+            $map.insert(format!("offsetof({}, {})", stringify!($type), stringify!($field)), at as i64);
+        })*
+    };
+}
+macro_rules! numbers {
+    ($map:ident, $($name:ident),* $(,)?) => { $($map.insert(stringify!($name).to_string(), i64::from($name));)* };
+}
+
+fn ours() -> BTreeMap<String, i64> {
+    let mut map = BTreeMap::new();
+    offsets!(map, express_tensor { data, device_type, device_id, dtype, ndim, shape, strides });
+    offsets!(map, express_workspace { data, bytes });
+    offsets!(map, express_head_setting { budget, sinks, window, protected_entries });
+    offsets!(
+        map,
+        express_config {
+            struct_size,
+            layers,
+            query_heads,
+            kv_heads,
+            key_dim,
+            value_dim,
+            scale,
+            dtype,
+            device_type,
+            device_id,
+            first_layer,
+            first_kv_head,
+            budget_unit,
+            budget,
+            sinks,
+            window,
+            protected_entries,
+            rollback_reserve,
+            head_share,
+            head_share_count,
+            head_settings,
+            head_settings_count,
+            schedule,
+            halving,
+            weight_exponent,
+            gamma,
+            tau,
+            delta,
+            level_fraction,
+            level_floor,
+            max_levels,
+            seed,
+            prefill_block,
+            auto_compress,
+            validate,
+            threads,
+            parallel_for,
+            parallel_for_context,
+            stream,
+        }
+    );
+    offsets!(
+        map,
+        express_stats {
+            struct_size,
+            reserved,
+            tokens,
+            entries,
+            entries_peak,
+            entries_budget,
+            min_weight,
+            max_weight,
+            halvings,
+            bytes,
+            bytes_peak,
+            compress_seconds,
+        }
+    );
+    numbers!(
+        map,
+        EXPRESS_STATUS_OK,
+        EXPRESS_STATUS_INVALID_ARGUMENT,
+        EXPRESS_STATUS_OUT_OF_RANGE,
+        EXPRESS_STATUS_SHAPE_MISMATCH,
+        EXPRESS_STATUS_DTYPE_MISMATCH,
+        EXPRESS_STATUS_DEVICE_MISMATCH,
+        EXPRESS_STATUS_NOT_FINITE,
+        EXPRESS_STATUS_BUDGET_TOO_SMALL,
+        EXPRESS_STATUS_WOULD_COMPRESS,
+        EXPRESS_STATUS_ROLLBACK_UNAVAILABLE,
+        EXPRESS_STATUS_BUFFER_TOO_SMALL,
+        EXPRESS_STATUS_SIZE_OVERFLOW,
+        EXPRESS_STATUS_OUT_OF_MEMORY,
+        EXPRESS_STATUS_UNSUPPORTED,
+        EXPRESS_STATUS_BROKEN,
+        EXPRESS_STATUS_INTERNAL,
+        EXPRESS_STATUS_DEVICE_ERROR,
+        EXPRESS_STATUS_STEPS_PENDING,
+        EXPRESS_STATUS_RING_FULL,
+        EXPRESS_DTYPE_F32,
+        EXPRESS_DTYPE_F16,
+        EXPRESS_DTYPE_BF16,
+        EXPRESS_DTYPE_I64,
+        EXPRESS_DEVICE_CPU,
+        EXPRESS_DEVICE_CUDA,
+        EXPRESS_AUTO,
+        EXPRESS_SCHEDULE_BUDGET,
+        EXPRESS_SCHEDULE_ROUNDS,
+        EXPRESS_HALVING_KERNEL,
+        EXPRESS_HALVING_COIN,
+        EXPRESS_BUDGET_ENTRIES,
+        EXPRESS_BUDGET_BYTES,
+    );
+    map
+}
+
+fn header() -> String {
+    format!("{}/express.h", env!("EXPRESS_INCLUDE"))
+}
+
+#[test]
+fn layouts_and_numbers_are_those_of_the_header() {
+    let ours = ours();
+    let directory = std::path::Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let (source, program) = (directory.join("abi.c"), directory.join("abi"));
+    let mut code = format!("#include <stddef.h>\n#include <stdio.h>\n#include \"{}\"\nint main(void) {{\n", header());
+    for name in ours.keys() {
+        code += &format!("  printf(\"%s=%lld\\n\", \"{name}\", (long long)({name}));\n");
+    }
+    std::fs::write(&source, code + "  return 0;\n}\n").unwrap();
+    let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+    assert!(Command::new(compiler).arg(&source).arg("-o").arg(&program).status().unwrap().success());
+    let output = Command::new(&program).output().unwrap();
+    let theirs: BTreeMap<String, i64> = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| line.split_once('=').unwrap())
+        .map(|(name, number)| (name.to_string(), number.parse().unwrap()))
+        .collect();
+    assert_eq!(ours, theirs);
+}
+
+/// Words of the header that begin with `prefix`, where the next character is `end`.
+fn words(text: &str, prefix: &str, end: fn(char) -> bool) -> Vec<String> {
+    let mut found = Vec::new();
+    for (at, _) in text.match_indices(prefix) {
+        let word: String = text[at..].chars().take_while(|c| c.is_ascii_alphanumeric() || *c == '_').collect();
+        let whole = at == 0 || !text[..at].ends_with(|c: char| c.is_ascii_alphanumeric() || c == '_');
+        if whole && text[at + word.len()..].trim_start().starts_with(end) {
+            found.push(word);
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+#[test]
+fn every_function_and_number_of_the_header_is_here() {
+    let text = std::fs::read_to_string(header()).unwrap();
+    let mut code = String::new();
+    for (i, part) in text.split("/*").enumerate() {
+        code += if i == 0 { part } else { part.split_once("*/").map_or("", |x| x.1) };
+    }
+    let here = include_str!("../src/lib.rs");
+    let functions = words(&code, "express_", |c| c == '(');
+    assert!(functions.len() > 30);
+    for name in functions {
+        assert!(here.contains(&format!("fn {name}(")), "{name} is not declared");
+    }
+    for prefix in [
+        "EXPRESS_STATUS_",
+        "EXPRESS_DTYPE_",
+        "EXPRESS_DEVICE_",
+        "EXPRESS_SCHEDULE_",
+        "EXPRESS_HALVING_",
+        "EXPRESS_BUDGET_",
+    ] {
+        let names = words(&code, prefix, |c| c == '=');
+        assert!(!names.is_empty());
+        for name in names {
+            assert!(here.contains(&format!("const {name}:")), "{name} is not declared");
+        }
+    }
+}
+
+#[test]
+fn functions_can_be_called() {
+    unsafe {
+        assert!(express_version() >= 10100);
+        let mut config = std::mem::MaybeUninit::<express_config>::zeroed().assume_init();
+        assert_eq!(express_config_init(&mut config, size_of::<express_config>() as u32), EXPRESS_STATUS_OK);
+        assert_eq!((config.layers, config.budget, config.prefill_block), (1, 1024, 256));
+    }
+}
