@@ -14,8 +14,8 @@ if ! "$python" -m pip install -q --disable-pip-version-check numpy pytest mypy n
   echo "NO PYTHON PACKAGES (numpy, pytest, mypy, nanobind, scikit-build-core): THE PYTHON TESTS DID NOT RUN" >&2
   if [[ -n ${CI:-} ]]; then exit 1; else exit 77; fi
 fi
-settings=(-C "build-dir=$work/build")
-if [[ -n $prefix ]]; then settings+=(-C cmake.define.EXPRESS_KV_INSTALLED=ON -C "cmake.define.CMAKE_PREFIX_PATH=$prefix"); fi
+settings=("--config-settings=build-dir=$work/build")
+if [[ -n $prefix ]]; then settings+=(--config-settings=cmake.define.EXPRESS_KV_INSTALLED=ON "--config-settings=cmake.define.CMAKE_PREFIX_PATH=$prefix"); fi
 "$python" -m pip wheel -q --disable-pip-version-check --no-deps "${settings[@]}" -w "$work/wheel" .
 "$python" -m pip install -q --disable-pip-version-check --no-deps "$work"/wheel/*.whl
 "$python" -m mypy --strict -p express_kv
