@@ -20,8 +20,11 @@ case $group in
     ;;
 esac
 
-# A Rust that is not Debian's will do, too.
-if [[ $group == test || $group == ci ]] && ! command -v cargo >/dev/null; then packages+=(cargo); fi
+# A Rust or Go that is not Debian's will do, too.
+if [[ $group == test || $group == ci ]]; then
+  command -v cargo >/dev/null || packages+=(cargo)
+  command -v go >/dev/null || packages+=(golang-go)
+fi
 
 if ! command -v dpkg-query >/dev/null || ! command -v apt-get >/dev/null; then
   echo "setup: not a Debian system; this needs (Debian's names): ${packages[*]}" >&2

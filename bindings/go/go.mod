@@ -1,0 +1,3 @@
+module express
+
+go 1.19
