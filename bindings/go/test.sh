@@ -22,6 +22,7 @@ fi
 go vet ./...
 # -count=1: Go's cache of results knows nothing of the library.
 go test -count=1 ./...
+../no_copy/run.sh "$work/no_copy" go test -count=1 -run TestNothingIsCopied .
 # Every pointer that crosses is followed: no Go pointer may lie in memory that C is given.
 case $(go env GOVERSION) in
   go1.19* | go1.20*) GODEBUG=cgocheck=2 go test -count=1 . ;;

@@ -20,3 +20,6 @@ if [[ -n $prefix ]]; then settings+=(--config-settings=cmake.define.EXPRESS_KV_I
 "$python" -m pip install -q --disable-pip-version-check --no-deps "$work"/wheel/*.whl
 "$python" -m mypy --strict -p express_kv
 "$python" -m pytest -q tests
+if [[ -n $prefix ]]; then
+  PKG_CONFIG_PATH=$(dirname "$(find "$prefix" -name express.pc)") ../no_copy/run.sh "$work" "$python" -m pytest -q tests/test_no_copy.py
+fi

@@ -15,5 +15,6 @@ RUSTFLAGS=-Dwarnings
 export CARGO_TARGET_DIR PKG_CONFIG_PATH LD_LIBRARY_PATH RUSTFLAGS
 if cargo fmt --version >/dev/null 2>&1; then cargo fmt --all --check; fi
 cargo test --offline --quiet
+../no_copy/run.sh "$CARGO_TARGET_DIR/no_copy" cargo test --offline --quiet --test no_copy -- --ignored
 RUSTDOCFLAGS=-Dwarnings cargo doc --offline --quiet --no-deps
 cargo run --offline --quiet --example decode_loop

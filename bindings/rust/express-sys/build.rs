@@ -21,9 +21,4 @@ fn main() {
             println!("cargo:rustc-link-lib={library}");
         }
     }
-    // pkg-config leaves out the directories that linkers search anyway; the headers are for the test.
-    let include = Command::new(&tool).args(["--variable=includedir", "express"]).output();
-    if let Ok(output) = include {
-        println!("cargo:rustc-env=EXPRESS_INCLUDE={}", String::from_utf8_lossy(&output.stdout).trim());
-    }
 }

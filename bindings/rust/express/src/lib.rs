@@ -30,3 +30,8 @@ pub use cache::{append_batch, attend_batch, compress_kv, compress_kv_workspace, 
 pub use config::{BudgetUnit, Config, Halving, HeadSetting, Schedule};
 pub use error::{Error, Result, Status};
 pub use tensor::{Bf16, DType, Device, Element, Tensor, TensorMut, F16};
+
+// The README's program is a test.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -100,6 +100,7 @@ struct View {
 }
 
 impl View {
+    #[inline]
     fn new(
         data: *mut c_void,
         device: Device,
@@ -133,6 +134,7 @@ impl View {
     }
 
     /// Elements from the first one to the last.
+    #[inline]
     fn extent(&self) -> Option<usize> {
         let mut last: usize = 0;
         for i in 0..self.dims {
@@ -145,9 +147,15 @@ impl View {
     }
 
     /// Whether no element is at two places.
+    #[inline]
     fn is_injective(&self) -> bool {
-        let mut order: Vec<usize> = (0..self.dims).filter(|&i| self.shape[i] > 1).collect();
-        order.sort_by_key(|&i| self.strides[i]);
+        let (mut order, mut dims) = ([0; MOST_DIMS], 0);
+        for i in (0..self.dims).filter(|&i| self.shape[i] > 1) {
+            order[dims] = i;
+            dims += 1;
+        }
+        let order = &mut order[..dims];
+        order.sort_unstable_by_key(|&i| self.strides[i]);
         let mut extent = 1;
         order.iter().all(|&i| {
             let fits = self.strides[i] >= extent;
@@ -156,16 +164,21 @@ impl View {
         })
     }
 
+    #[inline]
     fn fits(self, elements: usize) -> Result<View> {
         match self.extent() {
             Some(extent) if extent <= elements => Ok(self),
-            _ => Err(Error::new(
-                Status::ShapeMismatch,
-                format!("shape {:?} does not fit a slice of {elements}", &self.shape[..self.dims]),
-            )),
+            _ => Err(self.misfit(elements)),
         }
     }
 
+    #[cold]
+    fn misfit(&self, elements: usize) -> Error {
+        let shape = &self.shape[..self.dims];
+        Error::new(Status::ShapeMismatch, format!("shape {shape:?} does not fit a slice of {elements}"))
+    }
+
+    #[inline]
     fn raw(&self) -> sys::express_tensor {
         let (device_type, device_id) = self.device.numbers();
         sys::express_tensor {

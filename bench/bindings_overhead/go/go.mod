@@ -1,0 +1,7 @@
+module overhead
+
+go 1.19
+
+require express v0.0.0
+
+replace express => ../../../bindings/go
