@@ -85,12 +85,16 @@ case $step in
     cmake --build "$work/cpp"
     "$work/cpp/decode_loop"
     ;;
-  readme)
+  snippets) # the programs in C and C++ that the documentation shows
     use_prefix "$prefix"
-    "$source/scripts/readme_snippet.sh" "$work/readme.c"
+    "$source/scripts/snippet.sh" "$source/README.md" c "$work/readme.c"
     # shellcheck disable=SC2046
     "$cc" -std=c99 "${flags[@]}" "$work/readme.c" $(pkg-config --cflags --libs express) -lm -o "$work/readme"
     "$work/readme"
+    "$source/scripts/snippet.sh" "$source/docs/guide.md" cpp "$work/guide.cc"
+    # shellcheck disable=SC2046
+    "$cxx" -std=c++20 "${flags[@]}" "$work/guide.cc" $(pkg-config --cflags --libs express) -o "$work/guide"
+    "$work/guide"
     ;;
   static)
     # As a subproject of somebody else's build, static; installed from there, and linked through both package systems.
