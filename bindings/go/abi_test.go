@@ -8,6 +8,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"express/internal/abi"
 )
@@ -187,5 +188,38 @@ func TestEveryFieldOfTheConfigArrives(t *testing.T) {
 	}
 	if len(left) != 0 {
 		t.Errorf("the config has no %v", left)
+	}
+}
+
+// Every count of the stats, a number of its own, arrives in the field of Go that has its name.
+func TestEveryStatArrives(t *testing.T) {
+	convert := reflect.ValueOf(statsOf)
+	from := reflect.New(convert.Type().In(0).Elem())
+	for i, layout := 0, from.Type().Elem(); i < layout.NumField(); i++ {
+		field := layout.Field(i)
+		at := unsafe.Add(from.UnsafePointer(), field.Offset)
+		switch field.Type.Kind() {
+		case reflect.Int64:
+			*(*int64)(at) = int64(i)
+		case reflect.Float64:
+			*(*float64)(at) = float64(i)
+		}
+	}
+	to, want := convert.Call([]reflect.Value{from})[0], golden(t)
+	for i := 0; i < to.NumField(); i++ {
+		name := snake(to.Type().Field(i).Name)
+		field, has := from.Type().Elem().FieldByName(name)
+		if got := fmt.Sprint(to.Field(i)); !has || got != fmt.Sprint(field.Index[0]) {
+			t.Errorf("%s: expected field %v of C, got %s", name, field.Index, got)
+		}
+		delete(want, fmt.Sprintf("offsetof(express_stats, %s)", name))
+	}
+	for _, own := range []string{"struct_size", "reserved"} {
+		delete(want, fmt.Sprintf("offsetof(express_stats, %s)", own))
+	}
+	for name := range want {
+		if strings.HasPrefix(name, "offsetof(express_stats") {
+			t.Errorf("%s is not in Stats", name)
+		}
 	}
 }

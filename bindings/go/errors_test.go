@@ -73,21 +73,23 @@ func TestErrorsNameTheArgumentAndChangeNothing(t *testing.T) {
 	same(t, "entries", before, held(t, cache, 0, 0))
 }
 
-// Goroutines wander between threads, and the library keeps messages by thread: each must still get its own.
+// Goroutines wander between threads, and the library keeps messages by thread: each must still get its own. More threads than
+// processors, so that many are taken off theirs in the midst of a call.
 func TestMessagesBelongToTheirCall(t *testing.T) {
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(8 * runtime.NumCPU()))
 	cache := newCache(t, testConfig())
 	var group sync.WaitGroup
-	for i := 2; i < 10; i++ {
+	for i := 2; i < 66; i++ {
 		group.Add(1)
 		go func(layer int) {
 			defer group.Done()
-			for j := 0; j < 500; j++ {
+			want := fmt.Sprintf("got %d", layer)
+			for j := 0; j < 3000; j++ {
 				_, err := cache.Entries(layer, 0)
-				if err == nil || !strings.Contains(err.Error(), fmt.Sprintf("got %d", layer)) {
+				if err == nil || !strings.HasSuffix(err.Error(), want) {
 					t.Errorf("layer %d: %v", layer, err)
 					return
 				}
-				runtime.Gosched()
 			}
 		}(i)
 	}
