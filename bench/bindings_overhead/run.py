@@ -3,13 +3,14 @@
 
 Builds the same small program in C, C++, Rust, Go and Python against one installed library, BUILD/stage, as scripts/test.sh leaves it
 (Python: in BUILD/bindings/python/venv). Each round runs all of them, one after the other; medians and ranges over the rounds go to
-stdout as Markdown, and all numbers to --json FILE.
+stdout as Markdown, and all numbers to --json FILE. Exit code 77 if a language is not on this machine; with CI set, that is a failure.
 """
 import argparse
 import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -17,6 +18,13 @@ import time
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+
+
+def missing(python):
+    """What is not on this machine."""
+    yield from (tool for tool in ("cc", "c++", "pkg-config", "cargo", "go") if shutil.which(tool) is None)
+    if not python.exists() or subprocess.run([python, "-c", "import express_kv"], capture_output=True, check=False).returncode != 0:
+        yield f"{python} with express_kv"
 
 
 def build(stage, work):
@@ -77,8 +85,12 @@ def main():
     parser.add_argument("--json", type=pathlib.Path)
     args = parser.parse_args()
     at = args.build.resolve()
+    python = at / "bindings" / "python" / "venv" / "bin" / "python"
+    if lacking := list(missing(python)):
+        print(f"NOT ON THIS MACHINE: {', '.join(lacking)}; NOTHING WAS MEASURED", file=sys.stderr)
+        sys.exit(1 if os.environ.get("CI") else 77)
     commands = build(at / "stage", at / "bindings_overhead")
-    commands["Python"] = [at / "bindings" / "python" / "venv" / "bin" / "python", HERE / "overhead.py"]
+    commands["Python"] = [python, HERE / "overhead.py"]
     runs = measure(commands, args.rounds, args.calls)
     print(f"{processor()}, {os.cpu_count()} processors, {time.strftime('%Y-%m-%d')}; medians (and ranges) of {args.rounds} "
           f"interleaved runs of {args.calls} calls\n")
