@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -10,6 +10,14 @@ from .._cache import Cache, append_batch, attend_batch
 from ._parallel import first_kv_head, of_rank
 
 DERIVED = {"layers", "query_heads", "kv_heads", "key_dim", "value_dim", "scale", "device", "stream"}
+
+
+class Rows(NamedTuple):
+    """Which of the new positions of a sequence are tokens."""
+
+    at: Any  # a slice or, with padding between them, a tensor of indices
+    tokens: int  # how many
+    solid: int  # positions after the last padding
 
 
 class Sequences:
@@ -30,7 +38,7 @@ class Sequences:
         self.pending: tuple[int, int] | None = None  # (layer, positions) that update() took and no attention has come for
         self.failed = False
         self._asked: tuple[str, Any, set[int]] = ("", None, set())
-        self._spans: tuple[Any, list[tuple[int, int]]] | None = None
+        self._rows: tuple[Any, list[Rows]] | None = None
         self._workspace: Any = None
 
     # ---- a forward pass ----
@@ -56,7 +64,7 @@ class Sequences:
         returns (batch, n, query_heads, value_dim), zero where padding is
         """
         batch, heads, n = query.shape[:3]
-        spans = [(0, n)] * batch if mask is None else self._spans_of(mask)
+        rows = [Rows(slice(0, n), n, n)] * batch if mask is None else self._rows_of(mask)
         if not self.caches:
             self._create(module, query, key, value, scale)
         self._check(query, key, value, scale)
@@ -66,19 +74,23 @@ class Sequences:
             append_batch(self.caches, layer, key[:, :, 0], value[:, :, 0])
             attend_batch(self.caches, layer, query[:, :, 0], out[:, 0])
         else:
-            for i, (start, end) in enumerate(spans):
-                out[i, :start] = 0
-                out[i, end:] = 0
-                q, k, v = (x[i, :, start:end].transpose(0, 1) for x in (query, key, value))  # (tokens, heads, dim)
-                self._one(self.caches[i], layer, q, k, v, out[i, start:end])
+            for i, cache in enumerate(self.caches):
+                at = rows[i].at
+                q, k, v = (x[i].transpose(0, 1)[at] for x in (query, key, value))  # (tokens, heads, dim)
+                if rows[i].tokens < n:
+                    out[i] = 0
+                if isinstance(at, slice):
+                    self._one(cache, layer, q, k, v, out[i, at])
+                else:
+                    out[i, at] = self._one(cache, layer, q, k, v, torch.empty_like(out[i, at]))
         self.seen[layer] += n
         if layer == self.layers - 1:
-            self._workspace = self._spans = None
-            self.solid = [n - start if start else self.solid[i] + n if end == n else 0 for i, (start, end) in enumerate(spans)]
+            self._workspace = self._rows = None
+            self.solid = [row.solid if row.solid < n else solid + n for row, solid in zip(rows, self.solid)]
         self.failed = False
         return out
 
-    def _one(self, cache: Cache, layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
+    def _one(self, cache: Cache, layer: int, q: Any, k: Any, v: Any, out: Any) -> Any:
         n = int(q.shape[0])
         if n == 1:
             cache.append(layer, k, v)
@@ -88,19 +100,20 @@ class Sequences:
             if size and (self._workspace is None or self._workspace.numel() < size):
                 self._workspace = q.new_empty(size, dtype=torch.uint8)  # one for all layers and sequences: they share a stream
             cache.prefill(layer, q, k, v, out, workspace=self._workspace if size else None)
+        return out
 
-    def _spans_of(self, mask: Any) -> list[tuple[int, int]]:
-        """The positions [start, end) of each sequence that are tokens. Read from the device once per forward pass."""
-        if self._spans is None or self._spans[0] is not mask:
-            n, there = mask.shape[1], mask.long()
-            first, last, count = there.argmax(1), mask.shape[1] - there.flip(1).argmax(1), there.sum(1)
-            spans = []
-            for start, end, tokens in torch.stack((first, last, count), 1).tolist():
-                if tokens and end - start != tokens:
-                    raise ValueError("attention_mask: expected a sequence's new tokens without padding between them")
-                spans.append((start, end) if tokens else (n, n))
-            self._spans = (mask, spans)
-        return self._spans[1]
+    def _rows_of(self, mask: Any) -> list[Rows]:
+        """The positions of each sequence's tokens. Read from the device once per forward pass."""
+        if self._rows is None or self._rows[0] is not mask:
+            n, there = int(mask.shape[1]), mask.long()
+            last = n - there.flip(1).argmax(1)
+            solid = torch.where(mask.all(1), n, (1 - there).flip(1).argmax(1))
+            rows: list[Rows] = []
+            for i, (first, end, count, run) in enumerate(torch.stack((there.argmax(1), last, there.sum(1), solid), 1).tolist()):
+                gaps = count not in (0, end - first)
+                rows.append(Rows(mask[i].nonzero().flatten() if gaps else slice(first, first + count), count, run))
+            self._rows = (mask, rows)
+        return self._rows[1]
 
     def _create(self, module: Any, query: Any, key: Any, value: Any, scale: float) -> None:
         local = int(key.shape[1])
@@ -152,7 +165,7 @@ class Sequences:
             cache.close()
         self.caches, self.fields, self.solid = [], {}, []
         self.seen = [0] * self.layers
-        self.pending, self.failed, self._spans, self._workspace = None, False, None, None
+        self.pending, self.failed, self._rows, self._workspace = None, False, None, None
         self._asked = ("", None, set())
 
     def check_crop(self, tokens_to_remove: int) -> None:
