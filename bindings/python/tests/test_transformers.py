@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
 import torch
@@ -462,6 +463,41 @@ def test_byte_lm_reads_on_within_a_budget(byte_lm):
     ours = bits(byte_lm, ids, cache)
     assert cache.get_seq_length() == 4000 and 400 < cache.get_stored_length() <= 512
     assert abs(ours - exact) < 0.15 and exact < 1.6, (ours, exact)
+
+
+# ---- a GPU ----
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu(dtype):
+    """Beside the exact cache, in a stream of its own; dims that the CUDA backend has."""
+    try:
+        express_kv.Cache(key_dim=64, device="cuda").close()
+    except express_kv.Error as error:
+        pytest.skip(str(error))
+    model = model_of(type(FAMILIES["llama"][0])(**{**SIZE, "head_dim": 64, "initializer_range": 0.1})).to("cuda", dtype)
+    inputs = {name: x.cuda() for name, x in prompts(3, 200).items()}
+    follow = torch.randint(2, 131, (20, 3, 1), generator=torch.Generator().manual_seed(0)).cuda()
+
+    def logits(cache):
+        with torch.no_grad():
+            mask, got = inputs["attention_mask"], [model(**inputs, past_key_values=cache).logits[:, -1:]]
+            for token in follow:
+                mask = torch.cat([mask, torch.ones_like(token)], 1)
+                got.append(model(input_ids=token, attention_mask=mask, past_key_values=cache).logits)
+        return torch.cat(got, 1).double()
+
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda.current_stream().wait_stream(torch.cuda.default_stream())
+        ours, exact = logits(cache_for(model, 512)), logits(DynamicCache(config=model.config))
+        small = cache_for(model, 64)
+        logits(small)
+        error = ((ours - exact).norm() / exact.norm()).item()
+        beams = generate(model, inputs, cache_for(model, 64), num_beams=3)
+    torch.cuda.synchronize()
+    assert error < (0.03 if dtype == torch.bfloat16 else 0.005)
+    assert small.get_seq_length() == 220 and 40 < small.get_stored_length() <= 64 and beams.sequences.shape == (3, 240)
 
 
 # ---- the documentation ----
