@@ -1,10 +1,12 @@
 """Small randomly initialised models of the families that Express serves. Their weights are large, so that tokens depend on attention."""
 
+import copy
+
 import torch
 import transformers
 from transformers import (Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config)
 
-SIZE = dict(vocab_size=131, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+SIZE = dict(vocab_size=132, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             head_dim=16, max_position_embeddings=2048, initializer_range=0.25, pad_token_id=0, bos_token_id=1, eos_token_id=None)
 WINDOWED = ["sliding_attention", "full_attention", "sliding_attention"]
 
@@ -25,7 +27,7 @@ FAMILIES = {
 
 def model_of(config, attention="express"):
     torch.manual_seed(5)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention)
     return model.eval()
 
 

@@ -5,6 +5,8 @@ import json
 import math
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -122,17 +124,12 @@ def test_a_prefix_is_forked(llama):
 def test_without_an_express_cache_it_is_sdpa(llama):
     inputs = prompts(3, 30)
     exact = model_of(llama.config, "sdpa")
-    llama.set_attn_implementation("express")  # from_config shares the configuration
     with torch.no_grad():
         ours = llama(**inputs, use_cache=False).logits
-        padded = inputs["attention_mask"].bool()
-        exact.set_attn_implementation("sdpa")
-        torch.testing.assert_close(ours[padded], exact(**inputs, use_cache=False).logits[padded])
+        tokens = inputs["attention_mask"].bool()
+        torch.testing.assert_close(ours[tokens], exact(**inputs, use_cache=False).logits[tokens])
     for make in (lambda: DynamicCache(config=llama.config), lambda: StaticCache(config=llama.config, max_cache_len=80), lambda: None):
-        exact.set_attn_implementation("sdpa")
-        want = generate(exact, inputs, make(), num_beams=2)
-        llama.set_attn_implementation("express")
-        same(generate(llama, inputs, make(), num_beams=2), want)
+        same(generate(llama, inputs, make(), num_beams=2), generate(exact, inputs, make(), num_beams=2))
 
 
 # ---- a small budget ----
@@ -218,7 +215,7 @@ def test_a_small_budget_forgets(llama):
 def test_beams_are_reordered_within_a_small_budget(llama):
     """Beam search by hand: each beam's cache is what a cache of its own tokens holds."""
     cache, generator = cache_for(llama, 40, prefill_block=1), torch.Generator().manual_seed(2)
-    tokens = torch.randint(2, 131, (4, 80), generator=generator)
+    tokens = torch.randint(2, 132, (4, 80), generator=generator)
     with torch.no_grad():
         for step in range(0, 80, 10):
             for t in range(step, step + 10):
@@ -259,6 +256,15 @@ def test_lengths(llama):
     stepped(llama, 100, cache)
     assert [cache.get_seq_length(i) for i in range(3)] == [100] * 3 and cache.get_stored_length(2) <= 40
     assert cache.get_mask_sizes(5, 0) == (5, 100) and cache.get_max_length() == -1 and cache.is_initialized
+
+
+@pytest.mark.parametrize("new", [[[1], [0]], [[1, 1, 1], [0, 0, 0]], [[1, 0, 1], [0, 1, 0]]], ids=str)
+def test_padding_is_not_appended(llama, new):
+    cache, mask = stepped(llama, 30), torch.cat([torch.ones(2, 30, dtype=torch.long), torch.tensor(new)], 1)
+    with torch.no_grad():
+        llama(input_ids=torch.full((2, len(new[0])), 9), attention_mask=mask, past_key_values=cache)
+    assert [s.stats()["tokens"] for s in cache.sequences] == [30 + sum(row) for row in new]
+    assert cache.get_seq_length() == 30 + len(new[0])
 
 
 def test_update_returns_the_new_keys_and_counts_them(llama):
@@ -304,7 +310,7 @@ def test_crop_does_not_reach_into_padding(llama):
         llama(**prompts(2, 9), past_key_values=cache)
     with pytest.raises(ValueError, match="padding"):
         cache.crop(-7)
-    cache.crop(-6)
+    cache.crop(torch.tensor(-6))
     assert cache.get_seq_length() == 3 and [s.stats()["tokens"] for s in cache.sequences] == [3, 0]
 
 
@@ -360,7 +366,7 @@ def test_layers_must_be_asked_together(llama):
 
 
 def test_another_attention_implementation_is_refused(llama):
-    model = model_of(copy.deepcopy(llama.config), "sdpa")
+    model = model_of(llama.config, "sdpa")
     cache = cache_for(model)
     with pytest.raises(RuntimeError, match='set_attn_implementation."express"'):
         stepped(model, 10, cache)
@@ -478,7 +484,7 @@ def test_on_a_gpu(dtype):
         pytest.skip(str(error))
     model = model_of(type(FAMILIES["llama"][0])(**{**SIZE, "head_dim": 64, "initializer_range": 0.1})).to("cuda", dtype)
     inputs = {name: x.cuda() for name, x in prompts(3, 200).items()}
-    follow = torch.randint(2, 131, (20, 3, 1), generator=torch.Generator().manual_seed(0)).cuda()
+    follow = torch.randint(2, 132, (20, 3, 1), generator=torch.Generator().manual_seed(0)).cuda()
 
     def logits(cache):
         with torch.no_grad():
@@ -500,7 +506,7 @@ def test_on_a_gpu(dtype):
     assert small.get_seq_length() == 220 and 40 < small.get_stored_length() <= 64 and beams.sequences.shape == (3, 240)
 
 
-# ---- the documentation ----
+# ---- the documentation and the benchmark ----
 
 
 def test_the_page_runs():
@@ -511,3 +517,13 @@ def test_the_page_runs():
     for block in blocks:
         exec(compile(block, "docs/transformers.md", "exec"), space)
     assert space["text"].shape[0] == 2 and space["cache"].get_stored_length() <= 128
+
+
+def test_the_benchmark_runs(tmp_path):
+    script = pathlib.Path(__file__).parents[3] / "bench" / "transformers_generate.py"
+    subprocess.run([sys.executable, script, "--tiny", "--contexts", "300", "--budget", "64", "--new", "5", "--repeat", "1", "--out", tmp_path / "x.json"],
+                   check=True, capture_output=True)
+    exact, express = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert (exact["cache"], express["cache"]) == ("dynamic", "express") and len(express["runs"][0]["step_s"]) == 4
+    assert express["runs"][0]["stored"] <= 64 and exact["runs"][0]["stored"] == 304
+    assert exact["runs"][0]["kv_bytes"] == 304 * 2 * 2 * 2 * 32 * 4 > express["runs"][0]["kv_bytes"]

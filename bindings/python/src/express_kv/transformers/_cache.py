@@ -64,7 +64,7 @@ class ExpressLayer(cache_utils.CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last -tokens_to_remove tokens back; ValueError beyond the window and rollback_reserve."""
-        self.sequences.whole("crop", tokens_to_remove, self.index)
+        self.sequences.whole("crop", int(tokens_to_remove), self.index)  # generate may give a tensor
 
     def reorder_cache(self, beam_idx: Any) -> None:
         self.sequences.whole("reorder", beam_idx, self.index)
@@ -123,5 +123,5 @@ class ExpressCache(cache_utils.Cache):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last -tokens_to_remove tokens of every sequence back; ValueError, and nothing changed, if they are not all exact."""
-        self._sequences.check_crop(tokens_to_remove)
-        super().crop(tokens_to_remove)
+        self._sequences.check_crop(int(tokens_to_remove))
+        super().crop(int(tokens_to_remove))
