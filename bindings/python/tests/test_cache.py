@@ -141,6 +141,30 @@ def test_compress_kv():
         np.testing.assert_array_equal(k[head], s["k"][position[head], head])
 
 
+@pytest.mark.parametrize("kind", ["numpy", pytest.param("torch", marks=needs_torch)])
+def test_merge_is_attention_over_all_parts(kind):
+    s, q = stream(300), stream(5, 9)["q"]
+    cuts = [(0, 300), (0, 100), (100, 100), (100, 300)]  # the whole, and parts: one of them empty
+    outs, lses = [], []
+    for start, end in cuts:
+        cache, lse = cache_of(budget=512), np.empty((5, 6), np.float32)
+        cache.append(0, s["k"][start:end], s["v"][start:end])
+        outs.append(cache.attend(0, q, lse=lse))
+        lses.append(lse)
+    if kind == "torch":
+        outs, lses = ([torch.from_numpy(x) for x in xs] for xs in (outs, lses))
+    out, lse = express_kv.merge(outs[1:], lses[1:])
+    np.testing.assert_allclose(out, outs[0], atol=1e-6)
+    np.testing.assert_allclose(lse, lses[0], atol=1e-6)
+    out, lse = express_kv.merge(outs[2:3] * 2, lses[2:3] * 2)  # nothing at all
+    assert not out.any() and np.isneginf(np.asarray(lse)).all()
+    half = [x.astype(np.float16) if kind == "numpy" else x.half() for x in outs[1:]]
+    assert express_kv.merge(half, lses[1:])[0].dtype == half[0].dtype
+    for bad in ([[], []], [outs, lses[1:]], [outs[:2], [lses[0], lses[1][:2]]], [[outs[0], outs[1][:2]], lses[:2]]):
+        with pytest.raises(ValueError, match="outs, lses"):
+            express_kv.merge(*bad)
+
+
 def test_errors_name_the_argument_and_change_nothing():
     cache, s = filled(), stream(3)
     before = held(cache)

@@ -18,6 +18,7 @@ from __future__ import annotations
 from ._cache import Cache, append_batch, attend_batch, compress_kv, size
 from ._core import version
 from ._errors import ArgumentError, Error, OutOfMemoryError, Status
+from ._merge import merge
 
 __all__ = [
     "ArgumentError",
@@ -28,6 +29,7 @@ __all__ = [
     "append_batch",
     "attend_batch",
     "compress_kv",
+    "merge",
     "size",
     "version",
 ]
