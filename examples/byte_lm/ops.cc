@@ -8,31 +8,40 @@
 
 namespace {
 
-// GCC and Clang vectors: 16 floats, whatever the machine has is made of it.
-typedef float Float16 __attribute__((vector_size(64)));
-typedef uint32_t Word16 __attribute__((vector_size(64)));
-typedef uint16_t Half16 __attribute__((vector_size(32)));
+// GCC and Clang vectors, as wide as the machine's: wider ones would be taken apart, and their sums not stay in registers.
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+constexpr int64_t kRows = 12;  // rows of x whose sums are in registers: 2 kRows of 32
+#elif defined(__AVX__)
+constexpr int64_t kLanes = 8;
+constexpr int64_t kRows = 6;  // of 16
+#else
+constexpr int64_t kLanes = 4;
+constexpr int64_t kRows = 6;
+#endif
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
-constexpr int64_t kPanel = 32;  // outputs of a packed panel: two vectors
-constexpr int64_t kRows = 12;   // rows of x whose sums are in registers
+constexpr int64_t kPanel = 2 * kLanes;  // outputs of a packed panel: two vectors
 constexpr int64_t kFew = 4;     // up to so many rows the product is bounded by reading the weights
 
-Float16 Load(const float* p) {
-  Float16 v;
+Floats Load(const float* p) {
+  Floats v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-Float16 LoadBf16(const uint16_t* p) {
-  Half16 half;
+Floats LoadBf16(const uint16_t* p) {
+  Halves half;
   std::memcpy(&half, p, sizeof half);
-  const Word16 bits = __builtin_convertvector(half, Word16) << 16;
-  Float16 v;
+  const Words bits = __builtin_convertvector(half, Words) << 16;
+  Floats v;
   std::memcpy(&v, &bits, sizeof v);
   return v;
 }
-float Sum(Float16 v) {
+float Sum(Floats v) {
   float sum = 0;
-  for (int i = 0; i < 16; ++i) sum += v[i];
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
   return sum;
 }
 float Bf16(uint16_t bits) {
@@ -42,12 +51,12 @@ float Bf16(uint16_t bits) {
   return value;
 }
 
-// y (kCount, panel of 32) = x (kCount, inputs) * panel (inputs, 32)
+// y (kCount, kPanel) = x (kCount, inputs) * panel (inputs, kPanel)
 template <int64_t kCount>
 void MultiplyPanel(const float* x, int64_t inputs, const float* panel, float* y, int64_t outputs) {
-  Float16 sum[kCount][2] = {};
+  Floats sum[kCount][2] = {};
   for (int64_t i = 0; i < inputs; ++i) {
-    const Float16 a = Load(panel + i * kPanel), b = Load(panel + i * kPanel + 16);
+    const Floats a = Load(panel + i * kPanel), b = Load(panel + i * kPanel + kLanes);
     for (int64_t r = 0; r < kCount; ++r) {
       sum[r][0] += a * x[r * inputs + i];
       sum[r][1] += b * x[r * inputs + i];
@@ -75,10 +84,10 @@ void Linear::ApplyToFew(const float* x, int64_t n, float* y) const {
     for (int64_t o = task * kGrain; o < std::min(outputs_, (task + 1) * kGrain); ++o) {
       const uint16_t* row = rows_.data() + o * inputs_;
       for (int64_t r = 0; r < n; ++r) {
-        Float16 a = {}, b = {};
-        for (int64_t i = 0; i < inputs_; i += 32) {
+        Floats a = {}, b = {};
+        for (int64_t i = 0; i < inputs_; i += kPanel) {
           a += LoadBf16(row + i) * Load(x + r * inputs_ + i);
-          b += LoadBf16(row + i + 16) * Load(x + r * inputs_ + i + 16);
+          b += LoadBf16(row + i + kLanes) * Load(x + r * inputs_ + i + kLanes);
         }
         y[r * outputs_ + o] = Sum(a + b);
       }
