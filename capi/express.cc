@@ -146,6 +146,8 @@ Status ConvertConfig(const express_config* given, express::Config* to) {
   to->parallel_for = c.parallel_for;
   to->parallel_for_context = c.parallel_for_context;
   to->stream = c.stream;
+  to->head_budgets = static_cast<express::HeadBudgets>(c.head_budgets);
+  if (c.reserved != 0) return Error(StatusCode::kInvalidArgument, "config.reserved: expected 0, got ", c.reserved);
   return Status();
 }
 
@@ -158,6 +160,8 @@ static_assert(static_cast<int>(express::DeviceType::kCuda) == EXPRESS_DEVICE_CUD
 static_assert(static_cast<int>(express::Schedule::kRounds) == EXPRESS_SCHEDULE_ROUNDS);
 static_assert(static_cast<int>(express::Halving::kCoin) == EXPRESS_HALVING_COIN);
 static_assert(static_cast<int>(express::BudgetUnit::kBytes) == EXPRESS_BUDGET_BYTES);
+static_assert(static_cast<int>(express::HeadBudgets::kObserved) == EXPRESS_HEAD_BUDGETS_OBSERVED);
+static_assert(static_cast<int>(express::HeadBudgets::kAuto) == EXPRESS_AUTO);
 static_assert(express::kAuto == EXPRESS_AUTO && express::kAllLayers == EXPRESS_AUTO);
 
 }  // namespace

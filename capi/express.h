@@ -128,6 +128,11 @@ typedef enum express_halving {
   EXPRESS_HALVING_COIN = 1    /* a fair coin per pair: uniform sampling, the baseline */
 } express_halving;
 
+typedef enum express_head_budgets {
+  EXPRESS_HEAD_BUDGETS_FIXED = 0,   /* for the life of the cache: equal, or by head_share or head_settings */
+  EXPRESS_HEAD_BUDGETS_OBSERVED = 1 /* since 1.1: follow the attention that heads are seen to pay to far tokens */
+} express_head_budgets;
+
 typedef enum express_budget_unit {
   EXPRESS_BUDGET_ENTRIES = 0, /* budget = entries per KV head, the mean over all layers and KV heads */
   EXPRESS_BUDGET_BYTES = 1    /* budget = bytes of the whole cache; the largest entry budget that fits is used */
@@ -217,6 +222,17 @@ typedef struct express_config {
 
   /* Since 1.1. CUDA caches: the cudaStream_t that calls enqueue on until express_set_stream; NULL: the default stream. */
   void *stream;
+
+  /* Since 1.1. express_head_budgets, or EXPRESS_AUTO: OBSERVED where that is possible, else FIXED. OBSERVED: all heads begin with the
+   * same budget; express_attend and express_prefill note, for every 16th token, how much attention each head pays beyond the
+   * last tokens and the sinks. When the tokens fill the budget, and whenever they have doubled since, the total is shared out
+   * anew: every KV head gets the base, and what remains goes in proportion to the square of that mass, at most 8 mean budgets to
+   * one head. This happens at the beginning of a call that appends, when all layers stand at the same number of tokens, in the
+   * memory that the cache has. Needs the CPU, more than one (layer, KV head), automatic window and protected_entries, no head_share
+   * and no head_settings, schedule BUDGET and auto_compress. What is kept then depends on the queries too, and on where calls
+   * stand in the stream: prefill prompts in chunks, all layers of one before the next. */
+  int32_t head_budgets;
+  int32_t reserved; /* 0 */
 } express_config;
 
 #define EXPRESS_CONFIG_INIT                                                                                            \
@@ -224,7 +240,7 @@ typedef struct express_config {
     (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0,   \
         EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,     \
         EXPRESS_HALVING_KERNEL, 0.5, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0, EXPRESS_AUTO, NULL, \
-        NULL, NULL                                                                                                     \
+        NULL, NULL, EXPRESS_AUTO, 0                                                                                    \
   }
 
 /* The same as a function, for languages without the macro: fills the first struct_size bytes of *config with the

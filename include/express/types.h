@@ -26,6 +26,12 @@ enum class Halving : int32_t {
   kCoin = 1,  // uniform sampling, the baseline
 };
 
+enum class HeadBudgets : int32_t {
+  kAuto = -1,
+  kFixed = 0,
+  kObserved = 1,  // follow the attention that heads are seen to pay to far tokens
+};
+
 enum class BudgetUnit : int32_t { kEntries = 0, kBytes = 1 };
 
 // Bytes of one element.

@@ -45,9 +45,10 @@ int64_t RowsAtOnce(int32_t key_dim, int32_t value_dim) {
   return std::clamp<int64_t>(kStackFloats / std::max(key_dim, value_dim), 1, cpu::kMaxQueryRows);
 }
 
-// One KV head, rows [first, first + rows), on this thread.
+// One KV head, rows [first, first + rows), on this thread. observe(q, max, sum): the rows and their softmax states.
+template <class Observe>
 void AttendRows(const HeadState& head, const float* log_weight, float exponent, const QueryRows& queries, int64_t first,
-                int64_t rows) {
+                int64_t rows, const Observe& observe) {
   float q[kStackFloats];  // (rows, key_dim)
   float out[2][kStackFloats];
   float max[2][cpu::kMaxQueryRows], sum[2][cpu::kMaxQueryRows];
@@ -59,6 +60,7 @@ void AttendRows(const HeadState& head, const float* log_weight, float exponent, 
     cpu::AttendPartial(slab, log_weight, exponent, begin, end, q, rows, begin == 0 ? total : next);
     if (begin > 0) cpu::MergePartial(total, next, rows, slab.value_dim);
   }
+  observe(q, total.max, total.sum);
   queries.Store(first, rows, slab.value_dim, total);
 }
 
@@ -71,7 +73,7 @@ Status CpuCache::DoAttend(int32_t layer, const Queries& args) const {
   int64_t bytes = 0;
   for (int32_t g = 0; g < config_.kv_heads; ++g)
     bytes += head(layer, g).slab.capacity * (config_.key_dim + config_.value_dim) * SizeOf(config_.dtype) * chunks;
-  const bool parallel = threads_.count() > 1 && bytes >= kParallelBytes;
+  const bool parallel = threads_.count() > 1 && bytes >= kParallelBytes, observed = Observes(LayerTokens(layer) - 1);
   Status status;
   if (parallel && chunks == 1 && AttendInParallel(layer, args.q, args.out, args.lse_or_null(), &status)) return status;
 
@@ -79,8 +81,11 @@ Status CpuCache::DoAttend(int32_t layer, const Queries& args) const {
     const HeadState& h = head(layer, static_cast<int32_t>(task / chunks));
     const int64_t first = task % chunks * at_once;
     const QueryRows queries{args.q, args.out, args.lse_or_null(), h.kv_head, group, static_cast<float>(config_.scale)};
-    AttendRows(h, plans_.plans[h.plan].log_weight, static_cast<float>(config_.weight_exponent), queries, first,
-               std::min(at_once, rows - first));
+    const int64_t count = std::min(at_once, rows - first);
+    AttendRows(h, plans_.plans[h.plan].log_weight, static_cast<float>(config_.weight_exponent), queries, first, count,
+               [&](const float* scaled, const float* max, const float* sum) {
+                 if (observed) ObserveDecode(h, scaled, count, max, sum);
+               });
   };
   if (!parallel) {
     for (int64_t task = 0; task < config_.kv_heads * chunks; ++task) body(task, 0);
@@ -128,7 +133,13 @@ bool CpuCache::AttendInParallel(int32_t layer, const Array& q, const Array& out,
     const cpu::Partial total = partial(task++);
     for (int64_t split = 1; split < SplitCount(head(layer, g).slab.capacity); ++split)
       cpu::MergePartial(total, partial(task++), rows, value_dim);
-    queries(head(layer, g)).Store(0, rows, value_dim, total);
+    const HeadState& h = head(layer, g);
+    if (Observes(LayerTokens(layer) - 1)) {
+      float scaled[kStackFloats];  // (rows, key_dim)
+      queries(h).Load(0, rows, key_dim, scaled);
+      ObserveDecode(h, scaled, rows, total.max, total.sum);
+    }
+    queries(h).Store(0, rows, value_dim, total);
   }
   if (!complete)
     *status =
@@ -164,6 +175,10 @@ Status CpuCache::PrefillBlock(int32_t layer, const Array& q, const Input& input,
   const auto body = [&](int64_t task, int32_t worker) {
     const HeadState& h = head(layer, static_cast<int32_t>(task / cuts));
     const int64_t cut = task % cuts, t0 = input.first_token, h0 = int64_t{h.kv_head} * group;
+    float* observed_lse = reinterpret_cast<float*>(static_cast<char*>(scratch(worker)) + parts_.lse_offset);
+    float* lse_data = lse != nullptr ? static_cast<float*>(lse->At(t0, h0)) : nullptr;
+    int64_t lse_token_stride = lse != nullptr ? lse->stride[0] : group, lse_head_stride = lse != nullptr ? lse->stride[1] : 1;
+    if (lse == nullptr && budgets_.observed != nullptr) lse_data = observed_lse;
     const cpu::BlockArgs args{
         .key = {input.Rows(input.k, layer, h.kv_head), Input::RowStride(input.k), input.k.dtype},
         .value = {input.Rows(input.v, layer, h.kv_head), Input::RowStride(input.v), input.v.dtype},
@@ -175,9 +190,9 @@ Status CpuCache::PrefillBlock(int32_t layer, const Array& q, const Input& input,
         .out_token_stride = out.stride[0],
         .out_head_stride = out.stride[1],
         .out_dtype = out.dtype,
-        .lse = lse != nullptr ? static_cast<float*>(lse->At(t0, h0)) : nullptr,
-        .lse_token_stride = lse != nullptr ? lse->stride[0] : 0,
-        .lse_head_stride = lse != nullptr ? lse->stride[1] : 0,
+        .lse = lse_data,
+        .lse_token_stride = lse_token_stride,
+        .lse_head_stride = lse_head_stride,
         .group = group,
         .scale = static_cast<float>(config_.scale),
         .exponent = static_cast<float>(config_.weight_exponent),
@@ -185,6 +200,9 @@ Status CpuCache::PrefillBlock(int32_t layer, const Array& q, const Input& input,
         .last = input.tokens * (cut + 1) / cuts,
     };
     cpu::AttendBlock(h.slab, plans_.plans[h.plan].log_weight, args, scratch(worker));
+    for (int64_t t = args.first; t < args.last; ++t)
+      if (Observes(LayerTokens(layer) + t))
+        ObserveBlock(h, q, t0 + t, LayerTokens(layer) + t, lse_data + t * lse_token_stride, lse_head_stride);
   };
   broken_ = true;
   if (!threads_.Run(config_.kv_heads * cuts, body)) return Broken();

@@ -52,6 +52,7 @@ Status Cache::AppendBatch(Cache* const* caches, int64_t count, int32_t layer, co
   Input one = input;
   one.tokens = 1;
   for (int64_t i = 0; i < count; ++i) EXPRESS_RETURN_IF_ERROR(caches[i]->CheckRoom(one));
+  for (int64_t i = 0; i < count; ++i) EXPRESS_RETURN_IF_ERROR(caches[i]->SettleBudgets());
   return caches[0]->DoAppendBatch(caches, count, input);
 }
 

@@ -7,10 +7,16 @@
 
 namespace express::cache {
 
-Cache::Cache(const Resolved& resolved, const Plans& plans, int64_t bytes, TensorCheck check)
-    : config_(resolved.config), plans_(plans), bytes_(bytes), check_(check) {
+Cache::Cache(const Resolved& resolved, const Plans& plans, const Budgets& budgets, int64_t bytes, TensorCheck check)
+    : config_(resolved.config),
+      plans_(plans),
+      budgets_(budgets),
+      bytes_(bytes),
+      check_(check),
+      mean_budget_(resolved.mean_entries) {
   for (int32_t i = 0; i < plans_.plan_count; ++i)
     entries_budget_ += plans_.plans[i].plan.setting().budget * plans_.plans[i].head_count;
+  save_bytes_ = CountSaveBytes();
   ResetCounts();
 }
 
@@ -23,11 +29,13 @@ void Cache::ResetCounts() {
   std::fill_n(plans_.layer_entries, config_.layers, 0);
   std::fill_n(plans_.layer_peak, config_.layers, 0);
   entries_ = entries_peak_ = 0;
+  if (budgets_.observed != nullptr) ResetBudgets();
 }
 
 Status Cache::Reset() {
   ResetCounts();
   EXPRESS_RETURN_IF_ERROR(ResetData());
+  EXPRESS_RETURN_IF_ERROR(EqualHeads());
   broken_ = false;
   return Status();
 }
@@ -91,6 +99,7 @@ Status Cache::Append(int32_t layer, const Tensor& k, const Tensor& v) {
   Input input{};
   EXPRESS_RETURN_IF_ERROR(CheckInput(k, v, layer, &input));
   EXPRESS_RETURN_IF_ERROR(CheckRoom(input));
+  EXPRESS_RETURN_IF_ERROR(SettleBudgets());
   return Ingest(input);
 }
 
@@ -99,6 +108,7 @@ Status Cache::AppendAll(const Tensor& k, const Tensor& v) {
   Input input{};
   EXPRESS_RETURN_IF_ERROR(CheckInput(k, v, kAllLayers, &input));
   EXPRESS_RETURN_IF_ERROR(CheckRoom(input));
+  EXPRESS_RETURN_IF_ERROR(SettleBudgets());
   return Ingest(input);
 }
 
@@ -137,6 +147,7 @@ Status Cache::Prefill(int32_t layer, const Tensor& q, const Tensor& k, const Ten
   Queries queries{};
   EXPRESS_RETURN_IF_ERROR(CheckQueries(input.tokens, q, out, lse, &queries));
   EXPRESS_RETURN_IF_ERROR(CheckRoom(input));
+  EXPRESS_RETURN_IF_ERROR(SettleBudgets());
   return DoPrefill(layer, queries, input, workspace != nullptr ? *workspace : Workspace{});
 }
 

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "express/cache.h"
+#include "src/cache/budgets.h"
 #include "src/cache/check.h"
 #include "src/cache/plans.h"
 #include "src/cache/resolve.h"
@@ -98,7 +99,7 @@ class Cache {
     int64_t protected_count, weakest;
   };
 
-  Cache(const Resolved& resolved, const Plans& plans, int64_t bytes, TensorCheck check);
+  Cache(const Resolved& resolved, const Plans& plans, const Budgets& budgets, int64_t bytes, TensorCheck check);
   virtual ~Cache() = default;
 
   // ---- the backend's part; arguments have been checked ----
@@ -121,6 +122,11 @@ class Cache {
   virtual Status FinishLoad() { return Status(); }
   // Everything that heads hold, from a cache of the same backend and shape.
   virtual Status CopyHeads(const Cache& from) = 0;
+  // Observed budgets: whether budgets_.settings fit into the cache's memory; the head is about to give up what `next` has no
+  // room for; everything goes to where those settings have it.
+  virtual bool ResizeFits() const { return false; }
+  virtual void BeginResize(int32_t, const plan::Setting&) {}
+  virtual Status FinishResize() { return Status(); }
   virtual double CompressSeconds() const { return 0; }
   virtual Status DoStepPrepare(int64_t) { return Status(); }
   virtual Status DoStepCancel() { return Status(); }
@@ -129,6 +135,14 @@ class Cache {
   virtual int64_t LayerTokens(int32_t layer) const { return plans_.plans[first_plan(layer)].plan.tokens(); }
   virtual Status DoAppendBatch(Cache* const* caches, int64_t count, const Input& input);
   virtual Status DoAttendBatch(const Cache* const* caches, int64_t count, int32_t layer, const Queries& queries) const;
+
+  // budgets.cc
+  void ResetBudgets();
+  bool SettlingDue() const;
+  Status SettleBudgets();
+  Status ResizeHeads();
+  Status EqualHeads();
+  size_t CountSaveBytes() const;
 
   uint64_t Fingerprint() const;
   void TransferPlans(Archive& archive);
@@ -150,8 +164,12 @@ class Cache {
 
   Config config_;  // resolved; no spans
   Plans plans_;
+  Budgets budgets_;
   int64_t bytes_;
   TensorCheck check_;
+  int64_t mean_budget_;
+  int64_t next_settling_ = 0;  // tokens
+  size_t save_bytes_;          // of a saved cache, its header included
   int64_t entries_ = 0;
   int64_t entries_peak_ = 0;
   int64_t entries_budget_ = 0;

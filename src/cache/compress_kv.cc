@@ -18,7 +18,9 @@ Status ResolveOneShot(const Config& config, Resolved* resolved, int64_t* bytes) 
     return Error(StatusCode::kInvalidArgument,
                  "config: head_share and head_settings must be empty, all heads keep the same number");
   if (!config.auto_compress) return Error(StatusCode::kInvalidArgument, "config.auto_compress: expected on");
-  EXPRESS_RETURN_IF_ERROR(Resolve(config, resolved, bytes));
+  Config fixed = config;  // nothing is attended to
+  fixed.head_budgets = HeadBudgets::kFixed;
+  EXPRESS_RETURN_IF_ERROR(Resolve(fixed, resolved, bytes));
 #ifdef EXPRESS_WITH_CUDA
   if (config.device_type == DeviceType::kCuda) return CudaCache::OneShotBytes(*resolved, bytes);
 #endif

@@ -13,19 +13,19 @@ namespace express::cache {
 namespace {
 
 // Slots of one partial softmax state when a decode attention is split over threads.
-int64_t PartialFloats(const Resolved& r) {
+int64_t PartialFloats(const Shape& r) {
   const int64_t group = r.config.query_heads / r.config.kv_heads;
-  int64_t most = 0;
+  int64_t most = r.largest != nullptr ? SplitCount(r.largest->budget) * r.config.kv_heads : 0;
   for (int32_t layer = 0; layer < r.config.layers; ++layer) {
     int64_t partials = 0;
     for (int32_t g = 0; g < r.config.kv_heads; ++g)
-      partials += SplitCount(r.settings[static_cast<size_t>(layer * r.config.kv_heads + g)].budget);
+      partials += SplitCount(r.settings[layer * r.config.kv_heads + g].budget);
     most = std::max(most, partials);
   }
   return r.threads > 1 ? most * group * (r.config.value_dim + 2) : 0;
 }
 
-void LayoutHead(const Resolved& r, const plan::Setting& setting, Arena& arena, HeadState* head) {
+void LayoutHead(const Shape& r, const plan::Setting& setting, Arena& arena, HeadState* head) {
   const Config& c = r.config;
   const int64_t element = SizeOf(c.dtype), capacity = setting.budget;
   cpu::Slab slab{.key = arena.Take<char>(capacity * c.key_dim * element),
@@ -43,20 +43,27 @@ void LayoutHead(const Resolved& r, const plan::Setting& setting, Arena& arena, H
     protection.slot = arena.Take<int32_t>(setting.protect);
     protection.capacity = setting.protect;
   }
-  if (head != nullptr) {
-    head->slab = slab;
-    head->protection = protection;
-  }
+  if (head == nullptr) return;
+  head->slab = slab;
+  protection.count = head->protection.count;
+  protection.weakest = head->protection.weakest;
+  head->protection = protection;
+}
+
+// Where budgets are observed: what another division of the same total can take more, by rounding.
+int64_t ResizeSlack(const Shape& r) {
+  return r.largest != nullptr ? int64_t{r.config.layers} * r.config.kv_heads * 1024 : 0;
 }
 
 }  // namespace
 
-CpuParts CpuCache::Layout(const Resolved& r, Arena& arena) {
+CpuParts CpuCache::Layout(const Shape& r, bool resize, Arena& arena) {
   const Config& c = r.config;
   const int64_t heads = int64_t{c.layers} * c.kv_heads;
   arena.Take<CpuCache>(1);
   CpuParts parts{};
-  parts.plans = LayoutPlans(r, true, arena);
+  parts.budgets = LayoutBudgets(r, arena);
+  parts.plans = LayoutPlans(r, true, resize, arena);
   parts.heads = arena.Take<HeadState>(heads);
   parts.batch = arena.Take<BatchItem>(parts.plans.plan_count);
   for (int64_t h = 0; h < heads; ++h) {
@@ -68,12 +75,17 @@ CpuParts CpuCache::Layout(const Resolved& r, Arena& arena) {
       head->key = MakeStreamKey(c.seed, static_cast<uint32_t>(c.first_layer + head->layer),
                                 static_cast<uint32_t>(c.first_kv_head + head->kv_head));
     }
-    LayoutHead(r, r.settings[static_cast<size_t>(h)], arena, head);
+    LayoutHead(r, r.settings[h], arena, head);
   }
   const size_t halve = cpu::HalveScratchBytes(parts.plans.max_list, c.key_dim, c.value_dim);
   const size_t block = cpu::BlockScratchBytes(c.query_heads / c.kv_heads, c.key_dim, c.value_dim);
-  parts.scratch_bytes =
-      static_cast<int64_t>((std::max(halve, block) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment);
+  const auto aligned = [](size_t bytes) {
+    return static_cast<int64_t>((bytes + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment);
+  };
+  parts.lse_offset = aligned(block);
+  const int64_t lse_bytes =
+      r.largest != nullptr ? int64_t{c.prefill_block} * (c.query_heads / c.kv_heads) * int64_t{sizeof(float)} : 0;
+  parts.scratch_bytes = std::max(aligned(halve), parts.lse_offset + aligned(static_cast<size_t>(lse_bytes)));
   parts.scratch = arena.Take<char>(parts.scratch_bytes * r.threads);
   parts.partial_floats = PartialFloats(r);
   parts.partials = arena.Take<float>(parts.partial_floats);
@@ -81,14 +93,15 @@ CpuParts CpuCache::Layout(const Resolved& r, Arena& arena) {
 }
 
 CpuCache::CpuCache(const Resolved& resolved, const CpuParts& parts, int64_t bytes)
-    : Cache(resolved, parts.plans, bytes, TensorCheck()),
+    : Cache(resolved, parts.plans, parts.budgets, bytes, TensorCheck()),
       parts_(parts),
       threads_(resolved.threads, resolved.config.parallel_for, resolved.config.parallel_for_context),
       halve_{.scale = static_cast<float>(config_.scale),
              .gamma = static_cast<float>(config_.gamma),
              .tau = static_cast<float>(config_.tau),
              .delta = static_cast<float>(config_.delta),
-             .coin = config_.halving == Halving::kCoin} {
+             .coin = config_.halving == Halving::kCoin},
+      largest_(resolved.largest) {
   ResetHeads();
 }
 
@@ -107,6 +120,43 @@ void CpuCache::ResetHeads() {
   compress_nanoseconds_ = 0;
 }
 
+// ---- observed budgets ----
+
+Shape CpuCache::ShapeOf(const plan::Setting* settings) const { return {config_, threads_.count(), settings, &largest_}; }
+
+bool CpuCache::ResizeFits() const {
+  Arena arena;
+  Layout(ShapeOf(budgets_.settings), false, arena);
+  return static_cast<int64_t>(arena.used()) <= bytes_ && arena.piece_count() <= budgets_.piece_capacity;
+}
+
+void CpuCache::BeginResize(int32_t index, const plan::Setting& next) {
+  cpu::Protection& protection = parts_.heads[index].protection;
+  protection.capacity = std::min(protection.capacity, next.protect);
+  cpu::FindWeakest(protection, parts_.heads[index].slab);
+}
+
+Status CpuCache::FinishResize() {
+  Arena::Piece* const from = budgets_.pieces;
+  Arena::Piece* const to = from + budgets_.piece_capacity;
+  Arena now(from, budgets_.piece_capacity), next(to, budgets_.piece_capacity);
+  Layout(ShapeOf(budgets_.current), false, now);
+  Layout(ShapeOf(budgets_.settings), false, next);
+  MovePieces(reinterpret_cast<char*>(this), from, to, now.piece_count());
+  Arena arena(this);
+  parts_ = Layout(ShapeOf(budgets_.settings), true, arena);
+  plans_ = parts_.plans;
+  for (int32_t h = 0; h < HeadCount(); ++h) {
+    const PlanState& state = plans_.plans[plans_.head_plan[h]];
+    const int64_t before = budgets_.current[h].budget, after = budgets_.settings[h].budget;
+    std::fill(state.log_weight + std::min(before, after), state.log_weight + after,
+              -std::numeric_limits<float>::infinity());
+    cpu::Protection& protection = parts_.heads[h].protection;
+    for (int64_t i = 0; i < protection.count; ++i) protection.slot[i] = state.plan.protected_slot(i);
+  }
+  return Status();
+}
+
 Status CpuCache::ResetData() {
   ResetHeads();
   return Status();
@@ -118,16 +168,16 @@ Status CpuCache::DoSetStream(void*) {
 
 CpuCache* CpuCache::Place(const Resolved& resolved, void* memory, int64_t bytes) {
   Arena arena(memory);
-  const CpuParts parts = Layout(resolved, arena);
+  const CpuParts parts = Layout(resolved.shape(), false, arena);
   return new (memory) CpuCache(resolved, parts, bytes);
 }
 
 Status CpuCache::Bytes(const Resolved& resolved, int64_t* bytes) {
   Arena arena;
-  Layout(resolved, arena);
+  Layout(resolved.shape(), false, arena);
   if (arena.overflow())
     return Error(StatusCode::kSizeOverflow, "config: the cache would take more bytes than can be addressed");
-  *bytes = static_cast<int64_t>(arena.used());
+  *bytes = static_cast<int64_t>(arena.used()) + ResizeSlack(resolved.shape());
   return Status();
 }
 

@@ -38,11 +38,13 @@ struct BatchItem {
 
 // The parts of a cache, all in one arena.
 struct CpuParts {
+  Budgets budgets;
   Plans plans;
   HeadState* heads;  // (layers, kv_heads)
   BatchItem* batch;  // (plan_count)
   char* scratch;     // (threads, scratch_bytes)
   int64_t scratch_bytes;
+  int64_t lse_offset;  // in a thread's scratch: (prefill_block, group) floats, where budgets are observed
   float* partials;  // (partial_floats): softmax states of one decode attention that is split over threads
   int64_t partial_floats;
 };
@@ -58,8 +60,9 @@ class CpuCache final : public Cache {
  private:
   CpuCache(const Resolved& resolved, const CpuParts& parts, int64_t bytes);
   ~CpuCache() override = default;
-  // The layout of a resolved configuration; over a counting arena nothing but arena.used() is of use.
-  static CpuParts Layout(const Resolved& resolved, Arena& arena);
+  // The layout of a resolved configuration; over a counting arena nothing but its counts is of use. `resize`: the parts are in the
+  // arena's memory already, moved there from those of other settings.
+  static CpuParts Layout(const Shape& shape, bool resize, Arena& arena);
   static CpuCache* Place(const Resolved& resolved, void* memory, int64_t bytes);
 
   void Delete() override;
@@ -77,6 +80,10 @@ class CpuCache final : public Cache {
   Status CopyHeads(const Cache& from) override;
   Status ResetData() override;
   void ResetHeads();
+  bool ResizeFits() const override;
+  void BeginResize(int32_t head, const plan::Setting& next) override;
+  Status FinishResize() override;
+  Shape ShapeOf(const plan::Setting* settings) const;
   double CompressSeconds() const override { return static_cast<double>(compress_nanoseconds_.load()) * 1e-9; }
 
   const HeadState& head(int32_t layer, int32_t kv_head) const {
@@ -90,6 +97,14 @@ class CpuCache final : public Cache {
   void ExecuteHead(HeadState& head, const BatchItem& item, const Input* input, int32_t worker);
   Status Broken();
 
+  // observe.cc
+  bool Observes(int64_t position) const { return budgets_.observed != nullptr && position % kObserveEvery == 0; }
+  void ObserveDecode(const HeadState& head, const float* q, int64_t rows, const float* max, const float* sum) const;
+  void ObserveBlock(const HeadState& head, const Array& q, int64_t row, int64_t position, const float* lse,
+                    int64_t lse_stride) const;
+  void Observe(const HeadState& head, int64_t position, const float* q, int64_t rows, const float* lse,
+               int64_t lse_stride) const;
+
   // attend.cc
   bool AttendInParallel(int32_t layer, const Array& q, const Array& out, const Array* lse, Status* status) const;
   Status PrefillBlock(int32_t layer, const Array& q, const Input& input, const Array& out, const Array* lse);
@@ -97,6 +112,7 @@ class CpuCache final : public Cache {
   CpuParts parts_;
   Threads threads_;
   cpu::HalveParams halve_;
+  plan::Setting largest_;  // where budgets are observed
   std::atomic<int64_t> compress_nanoseconds_{0};
   mutable std::atomic_flag partials_busy_;  // clear, as all are since C++20
 };

@@ -115,7 +115,7 @@ CudaParts CudaCache::Layout(const Resolved& r, int32_t* progress, Arena& host, A
   CudaParts parts{};
   parts.plans_begin = host.Take<char>(0);
   const size_t before = host.used();
-  parts.plans = LayoutPlans(r, false, host);
+  parts.plans = LayoutPlans(r.shape(), false, false, host);
   parts.plans_bytes = static_cast<int64_t>(host.used() - before);
   parts.plans_saved = host.Take<char>(parts.plans_bytes);
   const int32_t plan_count = parts.plans.plan_count;
@@ -205,7 +205,7 @@ Status CudaCache::Bytes(const Resolved& resolved, int64_t* bytes) {
 
 CudaCache::CudaCache(const Resolved& resolved, const CudaParts& parts, int64_t bytes, void* device_memory,
                      int32_t* progress, DeviceTraits traits)
-    : Cache(resolved, parts.plans, bytes, CudaTensorCheck(resolved.config.device_id)),
+    : Cache(resolved, parts.plans, Budgets{}, bytes, CudaTensorCheck(resolved.config.device_id)),
       parts_(parts),
       device_memory_(device_memory),
       progress_(progress),

@@ -51,6 +51,9 @@ int32_t* Encode(const plan::Op& op, const plan::Slot* slots, int32_t* to) {
       begin(cuda::kRingFree, op.count);
       put_slots(op.count);
       break;
+    case plan::OpKind::kEvict:
+    case plan::OpKind::kMove:
+      break;  // of budgets that change, which caches on CUDA do not have
   }
   return to;
 }

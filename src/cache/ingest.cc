@@ -113,8 +113,15 @@ void CpuCache::ApplyWeights(PlanState& state, int64_t op_begin, int64_t op_end) 
       case plan::OpKind::kFree:
         for (int32_t j = 0; j < op.count; ++j) state.log_weight[slots[j]] = kFree;
         break;
+      case plan::OpKind::kMove:
+        for (int32_t j = 0; j < op.count; j += 2) {
+          state.log_weight[slots[j + 1]] = state.log_weight[slots[j]];
+          state.log_weight[slots[j]] = kFree;
+        }
+        break;
       case plan::OpKind::kCentre:
       case plan::OpKind::kAdmit:
+      case plan::OpKind::kEvict:
         break;
     }
   }
@@ -158,6 +165,12 @@ void CpuCache::ExecuteHead(HeadState& head, const BatchItem& item, const Input* 
         cpu::Halve(slab, slots, op.count, halve_, head.key, static_cast<uint64_t>(op.number), scratch(worker));
         break;
       case plan::OpKind::kFree:
+        break;
+      case plan::OpKind::kEvict:
+        cpu::Evict(head.protection, slab);
+        break;
+      case plan::OpKind::kMove:
+        for (int32_t j = 0; j < op.count; j += 2) cpu::CopyEntry(slab, slots[j], slots[j + 1]);
         break;
     }
   }

@@ -6,16 +6,25 @@
 namespace express::cache {
 namespace {
 
-// KV heads of a layer that have the same setting share a plan: head h belongs to the first head of its kind.
-int64_t Leader(const Resolved& r, int64_t h) {
-  int64_t first = h / r.config.kv_heads * r.config.kv_heads;
-  while (!(r.settings[static_cast<size_t>(first)] == r.settings[static_cast<size_t>(h)])) ++first;
+// KV heads of a layer that have the same setting share a plan: head h belongs to the first head of its kind. Where budgets are
+// observed, each has its own.
+int64_t Leader(const Shape& shape, int64_t h) {
+  if (shape.largest != nullptr) return h;
+  int64_t first = h / shape.config.kv_heads * shape.config.kv_heads;
+  while (!(shape.settings[first] == shape.settings[h])) ++first;
   return first;
+}
+
+// What `plan` needs beside its own arrays.
+void TakeBounds(const plan::Plan& plan, Plans* out) {
+  out->max_ops = std::max(out->max_ops, plan.MaxOps());
+  out->max_slots = std::max({out->max_slots, plan.MaxSlots(), plan.setting().budget});
+  out->max_list = std::max(out->max_list, plan.MaxList());
 }
 
 }  // namespace
 
-Plans LayoutPlans(const Resolved& r, bool host_weights, Arena& arena) {
+Plans LayoutPlans(const Shape& r, bool host_weights, bool resize, Arena& arena) {
   const Config& c = r.config;
   const int64_t heads = int64_t{c.layers} * c.kv_heads;
   Plans out{};
@@ -34,8 +43,9 @@ Plans LayoutPlans(const Resolved& r, bool host_weights, Arena& arena) {
     const auto layer = static_cast<int32_t>(h / c.kv_heads);
     if (!counting && h % c.kv_heads == 0) out.layer_plans[layer] = plan;
     if (Leader(r, h) != h) continue;
-    const plan::Setting& setting = r.settings[static_cast<size_t>(h)];
-    PlanState state{.plan = plan::Plan(setting, arena),
+    const plan::Setting& setting = r.settings[h];
+    if (resize) out.plans[plan].plan.Resize(setting, arena);
+    PlanState state{.plan = resize ? out.plans[plan].plan : plan::Plan(setting, arena),
                     .log_weight = host_weights ? arena.Take<float>(setting.budget) : nullptr,
                     .layer = layer,
                     .first_head = grouped,
@@ -50,13 +60,15 @@ Plans LayoutPlans(const Resolved& r, bool host_weights, Arena& arena) {
       ++grouped;
       ++state.head_count;
     }
-    out.max_ops = std::max(out.max_ops, state.plan.MaxOps());
-    out.max_slots = std::max({out.max_slots, state.plan.MaxSlots(), setting.budget});
-    out.max_list = std::max(out.max_list, state.plan.MaxList());
+    TakeBounds(state.plan, &out);
     if (!counting) new (&out.plans[plan]) PlanState(state);
     ++plan;
   }
   if (!counting) out.layer_plans[c.layers] = out.plan_count;
+  if (r.largest != nullptr) {
+    Arena none;
+    TakeBounds(plan::Plan(*r.largest, none), &out);
+  }
   out.operations = plan::Operations(arena, 4 * out.max_ops + 256, out.max_slots + 1024);
   return out;
 }

@@ -36,8 +36,9 @@ struct Plans {
 
 inline float LogWeight(int64_t weight) { return static_cast<float>(std::log(static_cast<double>(weight))); }
 
-// Over a counting arena only the counts are of use. `host_weights`: PlanState::log_weight is laid out too.
-Plans LayoutPlans(const Resolved& resolved, bool host_weights, Arena& arena);
+// Over a counting arena only the counts are of use. `host_weights`: PlanState::log_weight is laid out too. `resize`: the plans are
+// in the arena's memory already and are resized (Plan::Resize), to the settings of `shape`.
+Plans LayoutPlans(const Shape& shape, bool host_weights, bool resize, Arena& arena);
 
 }  // namespace express::cache
 

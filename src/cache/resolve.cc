@@ -127,7 +127,7 @@ std::vector<int64_t> ShareOut(int64_t total, const std::vector<double>& share) {
 }
 
 // The budgets of all heads, by head_settings, head_share or evenly, and the base of a head.
-std::vector<int64_t> HeadBudgets(const Config& c, int64_t mean, int64_t* base) {
+std::vector<int64_t> BudgetsOfHeads(const Config& c, int64_t mean, int64_t* base) {
   const auto heads = static_cast<size_t>(c.layers) * static_cast<size_t>(c.kv_heads);
   const auto index = [&](size_t head, size_t count) {
     return count == heads ? head : head / static_cast<size_t>(c.kv_heads);
@@ -138,7 +138,7 @@ std::vector<int64_t> HeadBudgets(const Config& c, int64_t mean, int64_t* base) {
     for (size_t i = 0; i < heads; ++i) total += budgets[i] = c.head_settings[index(i, c.head_settings.size())].budget;
     mean = total / static_cast<int64_t>(heads);
   }
-  *base = mean * 5 / 16;
+  *base = BaseBudget(mean);
   if (c.head_share.empty()) return budgets;
   std::vector<double> share(heads);
   for (size_t i = 0; i < heads; ++i) share[i] = c.head_share[index(i, c.head_share.size())];
@@ -175,7 +175,41 @@ Status SettingStatus(plan::SettingError error, const plan::Setting& s, int64_t l
   }
 }
 
+bool CanObserve(const Config& c) {
+  return c.device_type == DeviceType::kCpu && int64_t{c.layers} * c.kv_heads > 1 && c.window == kAuto &&
+         c.protected_entries == kAuto && c.head_share.empty() && c.head_settings.empty() &&
+         c.schedule == Schedule::kBudget && c.auto_compress;
+}
+
+void DivideCoreset(const Config& c, plan::Setting* s) {
+  s->level_fraction = c.level_fraction;
+  s->level_floor = c.level_floor != kAuto ? c.level_floor : plan::DefaultLevelFloor(s->coreset());
+  s->max_levels = c.max_levels != kAuto ? c.max_levels : plan::DefaultMaxLevels(s->coreset(), s->level_floor);
+}
+
 }  // namespace
+
+int64_t BaseBudget(int64_t mean) { return mean * 5 / 16; }
+
+int64_t LargestBudget(int64_t mean, int64_t heads) {
+  const int64_t base = BaseBudget(mean);
+  return std::min({8 * mean, base + (mean - base) * heads, kMaxEntries});
+}
+
+plan::Setting DivideHead(const Config& c, int64_t base, int64_t budget) {
+  plan::Setting s;
+  s.schedule = c.schedule == Schedule::kBudget ? plan::ScheduleKind::kBudget : plan::ScheduleKind::kRounds;
+  s.budget = budget;
+  s.sinks = c.sinks;
+  s.window = c.window;
+  s.protect = c.protected_entries;
+  s.reserve = c.rollback_reserve;
+  // Where budgets are observed, every head protects at least one entry: scores need their mean from the beginning on.
+  if (c.head_budgets == HeadBudgets::kObserved) s.protect = std::max<int64_t>(1, (budget - base) * 28 / 100);
+  plan::DivideBudget(base, &s);
+  DivideCoreset(c, &s);
+  return s;
+}
 
 Status CheckConfig(const Config& c) {
   EXPRESS_RETURN_IF_ERROR(CheckModel(c));
@@ -193,6 +227,11 @@ Status CheckConfig(const Config& c) {
   EXPRESS_RETURN_IF_ERROR(CheckArrays(c));
   EXPRESS_RETURN_IF_ERROR(CheckMethod(c));
   EXPRESS_RETURN_IF_ERROR(InRange("prefill_block", c.prefill_block, 1, 1 << 20));
+  EXPRESS_RETURN_IF_ERROR(InRange("head_budgets", static_cast<int32_t>(c.head_budgets), -1, 1));
+  if (c.head_budgets == HeadBudgets::kObserved && !CanObserve(c))
+    return Error(StatusCode::kInvalidArgument,
+                 "config.head_budgets: OBSERVED needs the CPU, more than one (layer, KV head), automatic window and "
+                 "protected_entries, no head_share or head_settings, schedule BUDGET and auto_compress");
   if (c.threads != kAuto) EXPRESS_RETURN_IF_ERROR(InRange("threads", c.threads, 1, 4096));
   if (c.parallel_for != nullptr && c.threads == kAuto)
     return Error(StatusCode::kInvalidArgument,
@@ -208,19 +247,20 @@ Status ResolveEntries(const Config& c, int64_t mean, Resolved* resolved) {
   resolved->threads =
       c.threads != kAuto ? c.threads : std::max(1, static_cast<int32_t>(std::thread::hardware_concurrency()));
 
+  // Observed where every head could come to have its base alone.
+  if (c.head_budgets == HeadBudgets::kAuto) {
+    resolved->config.head_budgets = HeadBudgets::kObserved;
+    const int64_t smallest = BaseBudget(mean);
+    if (!CanObserve(c) || plan::Check(DivideHead(resolved->config, smallest, smallest)) != plan::SettingError::kNone)
+      resolved->config.head_budgets = HeadBudgets::kFixed;
+  }
   int64_t base = 0;
-  const std::vector<int64_t> budgets = HeadBudgets(c, mean, &base);
+  const std::vector<int64_t> budgets = BudgetsOfHeads(c, mean, &base);
   resolved->settings.clear();
   resolved->mean_entries =
       std::accumulate(budgets.begin(), budgets.end(), int64_t{0}) / static_cast<int64_t>(budgets.size());
   for (size_t i = 0; i < budgets.size(); ++i) {
-    plan::Setting s;
-    s.schedule = c.schedule == Schedule::kBudget ? plan::ScheduleKind::kBudget : plan::ScheduleKind::kRounds;
-    s.budget = budgets[i];
-    s.sinks = c.sinks;
-    s.window = c.window;
-    s.protect = c.protected_entries;
-    s.reserve = c.rollback_reserve;
+    plan::Setting s = DivideHead(resolved->config, base, budgets[i]);
     if (!c.head_settings.empty()) {
       const HeadSetting& head = c.head_settings.size() == budgets.size()
                                     ? c.head_settings[i]
@@ -230,17 +270,20 @@ Status ResolveEntries(const Config& c, int64_t mean, Resolved* resolved) {
           return Error(StatusCode::kInvalidArgument, "config.head_settings[", i, "]: expected EXPRESS_AUTO or 0 .. ",
                        kMaxEntries, ", got ", value);
       if (head.sinks != kAuto) s.sinks = head.sinks;
-      if (head.window != kAuto) s.window = head.window;
-      if (head.protected_entries != kAuto) s.protect = head.protected_entries;
+      s.window = head.window != kAuto ? head.window : c.window;
+      s.protect = head.protected_entries != kAuto ? head.protected_entries : c.protected_entries;
+      plan::DivideBudget(base, &s);
+      DivideCoreset(c, &s);
     }
-    plan::DivideBudget(base, &s);
-    s.level_fraction = c.level_fraction;
-    s.level_floor = c.level_floor != kAuto ? c.level_floor : plan::DefaultLevelFloor(s.coreset());
-    s.max_levels = c.max_levels != kAuto ? c.max_levels : plan::DefaultMaxLevels(s.coreset(), s.level_floor);
     const auto kv_heads = static_cast<size_t>(c.kv_heads);
     EXPRESS_RETURN_IF_ERROR(
         SettingStatus(plan::Check(s), s, static_cast<int64_t>(i / kv_heads), static_cast<int64_t>(i % kv_heads)));
     resolved->settings.push_back(s);
+  }
+  if (!resolved->observed()) return Status();
+  for (const int64_t budget : {base, LargestBudget(mean, static_cast<int64_t>(budgets.size()))}) {
+    resolved->largest = DivideHead(resolved->config, base, budget);
+    EXPRESS_RETURN_IF_ERROR(SettingStatus(plan::Check(resolved->largest), resolved->largest, 0, 0));
   }
   return Status();
 }

@@ -11,13 +11,30 @@
 
 namespace express::cache {
 
+// What a layout depends on.
+struct Shape {
+  const Config& config;
+  int32_t threads;
+  const plan::Setting* settings;  // (layers, kv_heads)
+  const plan::Setting* largest;   // not null: budgets are observed, and a head may come to have this one
+};
+
 // A configuration without automatic values. The spans of `config` are not to be used any more.
 struct Resolved {
   Config config;
   int32_t threads = 1;
   std::vector<plan::Setting> settings;  // (layers, kv_heads)
   int64_t mean_entries = 0;             // of a KV head
+  plan::Setting largest;                // where budgets are observed: of any head, ever
+  bool observed() const { return config.head_budgets == HeadBudgets::kObserved; }
+  Shape shape() const { return {config, threads, settings.data(), observed() ? &largest : nullptr}; }
 };
+
+// Observed budgets: the base of a head where the mean is `mean`, and the most that one head can get.
+int64_t BaseBudget(int64_t mean);
+int64_t LargestBudget(int64_t mean, int64_t heads);
+// The setting of a head of `budget` entries. `config` has no automatic head_budgets.
+plan::Setting DivideHead(const Config& config, int64_t base, int64_t budget);
 
 // Everything but a budget in bytes, which needs the size of a layout: see create.cc.
 Status CheckConfig(const Config& config);

@@ -19,7 +19,7 @@ static_assert(std::endian::native == std::endian::little);
 
 struct Header {
   char magic[8] = {'E', 'X', 'P', 'R', 'E', 'S', 'S', 0};
-  uint32_t format = 1, reserved = 0;
+  uint32_t format = 2, reserved = 0;
   uint64_t bytes = 0;        // in all
   uint64_t fingerprint = 0;  // of the configuration
   uint64_t checksum = 0;     // of all that follows
@@ -48,15 +48,24 @@ uint64_t Cache::Fingerprint() const {
   const auto add = [&](const auto&... fields) { (XXH3_64bits_update(&state, &fields, sizeof(fields)), ...); };
   add(c.layers, c.kv_heads, c.key_dim, c.value_dim, c.scale, c.dtype, c.first_layer, c.first_kv_head, c.halving,
       c.gamma, c.tau, c.delta, c.seed);
-  for (int32_t h = 0; h < c.layers * c.kv_heads; ++h) {
-    const plan::Setting& s = HeadSettingOf(h);
+  const auto add_setting = [&](const plan::Setting& s) {
     add(s.budget, s.sinks, s.window, s.reserve, s.protect, s.schedule, s.level_fraction, s.level_floor, s.max_levels);
+  };
+  if (budgets_.observed != nullptr) {  // those of a new cache
+    add(c.head_budgets);
+    add_setting(DivideHead(c, BaseBudget(mean_budget_), mean_budget_));
+  } else {
+    for (int32_t h = 0; h < HeadCount(); ++h) add_setting(HeadSettingOf(h));
   }
   return XXH3_64bits_digest(&state);
 }
 
-// Plans and counts, which the host keeps.
+// Plans and counts, which the host keeps. The budgets of heads are those of the plans by now.
 void Cache::TransferPlans(Archive& archive) {
+  if (budgets_.observed != nullptr) {
+    archive.Array(budgets_.observed, HeadCount(), HeadCount());
+    archive.Field(next_settling_);
+  }
   for (int32_t i = 0; i < plans_.plan_count; ++i) plans_.plans[i].plan.Transfer(archive);
   archive.Array(plans_.layer_peak, config_.layers, config_.layers);
   archive.Field(entries_peak_);
@@ -83,35 +92,46 @@ void Cache::TransferHead(Archive& archive, int32_t head, HeadArrays& arrays) con
   archive.Array(arrays.protected_slot, arrays.protected_count, protect);
 }
 
-Status Cache::SaveSize(size_t* bytes) const {
+// Of a new cache. Where budgets are observed, another division of the same total can take some bytes more, by rounding.
+size_t Cache::CountSaveBytes() const {
   Archive archive;
   const_cast<Cache*>(this)->TransferPlans(archive);  // counting changes nothing
   HeadArrays none{};
   for (int32_t h = 0; h < HeadCount(); ++h) TransferHead(archive, h, none);
-  *bytes = sizeof(Header) + archive.used();
+  constexpr size_t kSlack = 128;
+  const size_t slack = budgets_.observed != nullptr ? static_cast<size_t>(HeadCount()) * kSlack : 0;
+  return sizeof(Header) + archive.used() + slack;
+}
+
+Status Cache::SaveSize(size_t* bytes) const {
+  *bytes = save_bytes_;
   return Status();
 }
 
 Status Cache::Save(void* data, size_t bytes) const {
   EXPRESS_RETURN_IF_ERROR(CheckUsable());
   EXPRESS_RETURN_IF_ERROR(CheckSettled());
-  size_t needed = 0;
-  EXPRESS_RETURN_IF_ERROR(SaveSize(&needed));
+  const size_t needed = save_bytes_;
   if (bytes < needed)
     return Error(StatusCode::kBufferTooSmall, "bytes: expected at least ", needed, " (express_save_size), got ", bytes);
   char* const body = static_cast<char*>(data) + sizeof(Header);
   const Staging staging(StagingBytes());
   Archive archive = Archive::Writer(body);
+  if (budgets_.observed != nullptr) {
+    for (int32_t h = 0; h < HeadCount(); ++h) budgets_.budget[h] = HeadSettingOf(h).budget;
+    archive.Array(budgets_.budget, HeadCount(), HeadCount());
+  }
   const_cast<Cache*>(this)->TransferPlans(archive);  // writing changes nothing
   for (int32_t h = 0; h < HeadCount(); ++h) {
     HeadArrays arrays{};
     EXPRESS_RETURN_IF_ERROR(OpenHead(h, true, staging.data(), &arrays));
     TransferHead(archive, h, arrays);
   }
+  std::memset(body + archive.used(), 0, needed - sizeof(Header) - archive.used());
   Header header;
   header.bytes = needed;
   header.fingerprint = Fingerprint();
-  header.checksum = Hash(body, archive.used());
+  header.checksum = Hash(body, needed - sizeof(Header));
   std::memcpy(data, &header, sizeof(header));
   return Status();
 }
@@ -127,8 +147,7 @@ Status Cache::Load(const void* data, size_t bytes) {
   if (header.format != expected.format)
     return Error(StatusCode::kUnsupported, "data: saved in format ", header.format, ", this library reads ",
                  expected.format);
-  size_t needed = 0;
-  EXPRESS_RETURN_IF_ERROR(SaveSize(&needed));
+  const size_t needed = save_bytes_;
   if (header.fingerprint != Fingerprint() || header.bytes != needed)
     return Error(StatusCode::kInvalidArgument,
                  "data: saved from a cache of another configuration: model, dtype, budgets, method and seed must be "
@@ -141,6 +160,12 @@ Status Cache::Load(const void* data, size_t bytes) {
   EXPRESS_RETURN_IF_ERROR(Reset());
   broken_ = true;  // until all is there
   Archive archive = Archive::Reader(body);
+  if (budgets_.observed != nullptr) {
+    archive.Array(budgets_.budget, HeadCount(), HeadCount());
+    for (int32_t h = 0; h < HeadCount(); ++h)
+      budgets_.settings[h] = DivideHead(config_, BaseBudget(mean_budget_), budgets_.budget[h]);
+    EXPRESS_RETURN_IF_ERROR(ResizeHeads());
+  }
   TransferPlans(archive);
   for (int32_t h = 0; h < HeadCount(); ++h) {
     HeadArrays arrays{};
@@ -166,6 +191,12 @@ Status Cache::Copy(const Cache& from) {
   if (Fingerprint() != from.Fingerprint())
     return Error(StatusCode::kInvalidArgument,
                  "from: expected a cache of the same configuration: model, dtype, budgets, method and seed");
+  if (budgets_.observed != nullptr) {
+    ResetCounts();
+    EXPRESS_RETURN_IF_ERROR(ResetData());
+    for (int32_t h = 0; h < HeadCount(); ++h) budgets_.settings[h] = from.HeadSettingOf(h);
+    EXPRESS_RETURN_IF_ERROR(ResizeHeads());
+  }
   Archive size;
   TransferPlans(size);
   const Staging plans(size.used());

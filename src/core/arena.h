@@ -16,8 +16,15 @@ class Arena {
  public:
   static constexpr size_t kAlignment = 64;
 
+  // Where one Take lies.
+  struct Piece {
+    size_t at, bytes;
+  };
+
   Arena() = default;                                                   // counts only
   explicit Arena(void* memory) : base_(static_cast<char*>(memory)) {}  // aligned to kAlignment
+  // Counts, and writes down each Take: at most `capacity`.
+  Arena(Piece* pieces, int64_t capacity) : pieces_(pieces), piece_capacity_(capacity) {}
 
   // Uninitialised room for `count` objects, aligned to kAlignment; nullptr while counting.
   template <class T>
@@ -30,6 +37,8 @@ class Arena {
     }
     bytes = bytes / kAlignment * kAlignment;
     const size_t at = used_;
+    if (piece_count_ < piece_capacity_) pieces_[piece_count_] = {at, bytes};
+    ++piece_count_;
     if (__builtin_add_overflow(used_, bytes, &used_) || used_ > kMax) {
       overflow_ = true;
       used_ = kMax;
@@ -40,10 +49,13 @@ class Arena {
 
   size_t used() const { return used_; }
   bool overflow() const { return overflow_; }
+  int64_t piece_count() const { return piece_count_; }
 
  private:
   static constexpr size_t kMax = static_cast<size_t>(std::numeric_limits<int64_t>::max()) / 2;
   char* base_ = nullptr;
+  Piece* pieces_ = nullptr;
+  int64_t piece_capacity_ = 0, piece_count_ = 0;
   size_t used_ = 0;
   bool overflow_ = false;
 };

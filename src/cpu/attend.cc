@@ -309,6 +309,34 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
   }
 }
 
+template <class T>
+void AttendSlotsTyped(const Slab& slab, const int32_t* slots, const float* bias, int64_t count, const float* q,
+                      int64_t rows, float* max, float* sum) {
+  const auto* key = static_cast<const T*>(slab.key);
+  const int64_t dim = slab.key_dim;
+  HWY_ALIGN float logits[kMaxQueryRows][kTile] = {};
+  Tile tile;
+  for (int64_t begin = 0; begin < count; begin += kTile) {
+    tile.count = std::min(kTile, count - begin);
+    for (int64_t j = 0; j < kTile; ++j) {
+      tile.slots[j] = slots[begin + std::min(j, tile.count - 1)];
+      tile.bias[j] = j < tile.count ? bias[begin + j] : kMinusInfinity;
+    }
+    ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
+      if (dim >= static_cast<int64_t>(hn::Lanes(F32())))
+        return TileLogits<n.value>(key, dim, tile.slots, tile.count, q + r * dim, Ahead<T>{}, logits[r]);
+      for (int64_t i = r; i < r + n.value; ++i) ShortLogits(key, dim, tile.slots, tile.count, q + i * dim, logits[i]);
+    });
+    for (int64_t r = 0; r < rows; ++r) SoftmaxRow(logits[r], tile.bias, 0, max + r, sum + r, nullptr);
+  }
+}
+
+void AttendSlots(const Slab& slab, const int32_t* slots, const float* bias, int64_t count, const float* q, int64_t rows,
+                 float* max, float* sum) {
+  WithType(slab.dtype,
+           [&](auto type) { AttendSlotsTyped<decltype(type)>(slab, slots, bias, count, q, rows, max, sum); });
+}
+
 void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end,
                    const float* q, int64_t rows, const Partial& partial) {
   WithType(slab.dtype,
@@ -322,10 +350,16 @@ HWY_AFTER_NAMESPACE();
 namespace express::cpu {
 
 HWY_EXPORT(AttendPartial);
+HWY_EXPORT(AttendSlots);
 
 void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end,
                    const float* q, int64_t rows, const Partial& partial) {
   HWY_DYNAMIC_DISPATCH(AttendPartial)(slab, log_weight, exponent, begin, end, q, rows, partial);
+}
+
+void AttendSlots(const Slab& slab, const int32_t* slots, const float* bias, int64_t count, const float* q, int64_t rows,
+                 float* max, float* sum) {
+  HWY_DYNAMIC_DISPATCH(AttendSlots)(slab, slots, bias, count, q, rows, max, sum);
 }
 
 void MergePartial(const Partial& into, const Partial& from, int64_t rows, int32_t value_dim) {

@@ -70,6 +70,11 @@ void CentreOn(Protection& protection, const Slab& slab, const int32_t* slots, in
 // joins where it is (the plan knows and leaves the slot alone from then on); afterwards, if its score is strictly
 // larger than the weakest's, the two entries swap contents, so that `slot` always ends up with the loser.
 void Admit(Protection& protection, const Slab& slab, int32_t slot, uint64_t ordinal);
+// The weakest entry leaves the set, of which slot[count - 1] is given up: the two entries swap contents if they are not one. May
+// follow a change of `capacity` to fewer than `count`, until there are no more than that.
+void Evict(Protection& protection, const Slab& slab);
+// After a change of `capacity` that was not followed by Evict.
+void FindWeakest(Protection& protection, const Slab& slab);
 
 // ---- halving (halve.cc) ----
 
@@ -108,6 +113,9 @@ struct Partial {
 // must leave room for their sum over the slab.
 void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end,
                    const float* q, int64_t rows, const Partial& partial);
+// Takes the entries in slots[0, count) into the softmax state of q's rows, (rows) max and sum; logit = <q, k> + bias[i].
+void AttendSlots(const Slab& slab, const int32_t* slots, const float* bias, int64_t count, const float* q, int64_t rows,
+                 float* max, float* sum);
 // into = into merged with from.
 void MergePartial(const Partial& into, const Partial& from, int64_t rows, int32_t value_dim);
 // out row r = partial.out / partial.sum (0 when empty), lse[r * lse_stride] = max + log(sum) (-inf when empty; lse may

@@ -17,7 +17,7 @@ const T* KeyRow(const Slab& slab, int32_t slot) {
 }
 
 // The lowest score; among equals the youngest, since ties go to the older.
-int64_t FindWeakest(const Protection& p, const int64_t* position) {
+int64_t Weakest(const Protection& p, const int64_t* position) {
   int64_t weakest = 0;
   for (int64_t i = 1; i < p.count; ++i) {
     const bool younger = position[p.slot[i]] > position[p.slot[weakest]];
@@ -62,12 +62,23 @@ void Admit(Protection& p, const Slab& slab, int32_t slot, uint64_t ordinal) {
   if (p.count < p.capacity) {
     p.slot[p.count] = slot;
     p.score[p.count++] = score;
-    if (p.count == p.capacity) p.weakest = FindWeakest(p, slab.position);
+    if (p.count == p.capacity) p.weakest = Weakest(p, slab.position);
   } else if (score > p.score[p.weakest]) {
     SwapEntries(slab, slot, p.slot[p.weakest]);
     p.score[p.weakest] = score;
-    p.weakest = FindWeakest(p, slab.position);
+    p.weakest = Weakest(p, slab.position);
   }
 }
+
+void Evict(Protection& p, const Slab& slab) {
+  const int64_t weakest = Weakest(p, slab.position), last = --p.count;
+  if (weakest != last) {
+    SwapEntries(slab, p.slot[weakest], p.slot[last]);
+    p.score[weakest] = p.score[last];
+  }
+  FindWeakest(p, slab);
+}
+
+void FindWeakest(Protection& p, const Slab& slab) { p.weakest = p.count > 0 ? Weakest(p, slab.position) : 0; }
 
 }  // namespace express::cpu

@@ -4,13 +4,15 @@
 
 namespace express::plan {
 
-BudgetSchedule::BudgetSchedule(const Setting& setting)
-    : slots_(setting.coreset()),
-      fraction_(setting.level_fraction),
-      floor_(setting.level_floor),
-      max_levels_(setting.max_levels),
-      max_list_(std::max<int64_t>(floor_, static_cast<int64_t>(static_cast<double>(slots_) * (1 - fraction_))) / 2 *
-                2) {}
+BudgetSchedule::BudgetSchedule(const Setting& setting) { Resize(setting); }
+
+void BudgetSchedule::Resize(const Setting& next) {
+  slots_ = room_ = next.coreset();
+  fraction_ = next.level_fraction;
+  floor_ = next.level_floor;
+  max_levels_ = next.max_levels;
+  max_list_ = std::max<int64_t>(floor_, static_cast<int64_t>(static_cast<double>(slots_) * (1 - fraction_))) / 2 * 2;
+}
 
 void BudgetSchedule::Reset() {
   levels_.fill(Fifo());
@@ -80,22 +82,35 @@ void BudgetSchedule::Insert(Pool& pool, Slot slot, Operations& out) {
       if (weight < int64_t{1} << bottom_) return;
       hand = reservoir_.Take();
     }
-    if (population_ < slots_) break;
+    if (population_ < room_) break;
     HalveOne(pool, out);  // may retire the level that the entry in hand belongs to
   }
   pool.Push(levels_[static_cast<size_t>(bottom_)], hand);
   ++population_;
 }
 
+// With at most room / 2 levels some level has a pair as long as there are more entries than room.
+bool BudgetSchedule::ShrinkStep(Pool& pool, const Setting& next, Operations& out) {
+  room_ = std::min(room_, next.coreset());
+  max_levels_ = std::min(max_levels_, next.max_levels);
+  if (Top() - bottom_ + 1 > max_levels_)
+    RetireBottom(pool, out);
+  else if (population_ > room_)
+    HalveOne(pool, out);
+  else
+    return false;
+  return true;
+}
+
 bool BudgetSchedule::HalveAhead(Pool& pool, Operations& out) {
-  if (population_ <= slots_ / 2) return false;
+  if (population_ <= room_ / 2) return false;
   HalveOne(pool, out);
   return true;
 }
 
 // The reservoir holds W; k more tokens complete it floor((W + k) / 2^h0) times, each time taking a slot.
 int64_t BudgetSchedule::RoomBeforeHalving() const {
-  return ((slots_ - population_ + 1) << bottom_) - reservoir_.weight() - 1;
+  return ((room_ - population_ + 1) << bottom_) - reservoir_.weight() - 1;
 }
 
 }  // namespace express::plan

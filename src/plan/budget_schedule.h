@@ -20,6 +20,11 @@ class BudgetSchedule {
   void Insert(Pool& pool, Slot slot, Operations& out);
   // One halving ahead of need. False if too little could be gained: half of the slots are free already.
   bool HalveAhead(Pool& pool, Operations& out);
+  // One step towards `next`, whose coreset may be smaller: fewer levels, then fewer entries. False when all fits. From the first
+  // step on no more enters than fits both.
+  bool ShrinkStep(Pool& pool, const Setting& next, Operations& out);
+  // The sizes of `next`, once all fits.
+  void Resize(const Setting& next);
   // How many entries can enter before the next halving.
   int64_t RoomBeforeHalving() const;
 
@@ -27,6 +32,12 @@ class BudgetSchedule {
   void ForEachSlot(const Pool& pool, const Body& body) const {
     for (const Fifo& level : levels_) pool.ForEach(level, body);
     if (reservoir_.weight() > 0) body(reservoir_.slot());
+  }
+  // body(slot) gives every slot its new number.
+  template <class Body>
+  void Renumber(Pool& pool, const Body& body) {
+    for (Fifo& level : levels_) pool.Renumber(level, body);
+    if (reservoir_.weight() > 0) reservoir_.SetSlot(body(reservoir_.slot()));
   }
 
   // The largest list that is ever halved, and bounds on what one Insert or HalveAhead can emit.
@@ -55,6 +66,7 @@ class BudgetSchedule {
   void RetireBottom(Pool& pool, Operations& out);
 
   int64_t slots_;  // B'
+  int64_t room_;   // entries allowed now: B', or fewer on the way to a smaller one
   double fraction_;
   int64_t floor_;
   int64_t max_levels_;

@@ -17,12 +17,16 @@ Plan::Plan(const Setting& setting, Arena& arena)
       pool_(arena, setting.budget),
       sinks_(arena.Take<Slot>(setting.sinks)),
       tail_(arena.Take<Slot>(setting.tail())),
+      protected_(arena.Take<Slot>(setting.protect)),
+      protect_(setting.protect),
       schedule_(MakeSchedule(setting)) {}
 
 void Plan::Reset() {
   pool_.Reset();
+  schedule_ = MakeSchedule(setting_);
   std::visit([](auto& schedule) { schedule.Reset(); }, schedule_);
-  sink_count_ = tail_begin_ = tail_count_ = protected_count_ = tokens_ = departures_ = 0;
+  protect_ = setting_.protect;
+  sink_count_ = tail_begin_ = tail_count_ = window_ = protected_count_ = tokens_ = departures_ = 0;
 }
 
 int64_t Plan::MaxOps() const {
@@ -49,6 +53,7 @@ int64_t Plan::Append(int64_t tokens, Operations& out) {
     if (tail_count_ == setting_.tail()) Depart(out);
     const Slot slot = pool_.Allocate();
     tail_[(tail_begin_ + tail_count_++) % setting_.tail()] = slot;
+    window_ = std::max(window_, std::min(setting_.window, tail_count_ - setting_.reserve));
     Write(slot, out);
   }
   return tokens;
@@ -76,8 +81,8 @@ void Plan::Depart(Operations& out) {
   tail_begin_ = (tail_begin_ + 1) % setting_.tail();
   --tail_count_;
   ++departures_;
-  if (protected_count_ < setting_.protect) {
-    ++protected_count_;
+  if (protected_count_ < protect_) {
+    protected_[protected_count_++] = slot;
     return;
   }
   std::visit([&](auto& schedule) { schedule.Insert(pool_, slot, out); }, schedule_);
@@ -85,7 +90,7 @@ void Plan::Depart(Operations& out) {
 
 int64_t Plan::RoomBeforeHalving() const {
   const int64_t exact = (setting_.sinks - sink_count_) + (setting_.tail() - tail_count_);
-  return exact + (setting_.protect - protected_count_) +
+  return exact + (protect_ - protected_count_) +
          std::visit([](const auto& schedule) { return schedule.RoomBeforeHalving(); }, schedule_);
 }
 
@@ -97,7 +102,7 @@ bool Plan::HalveAhead(Operations& out) {
 // Once a token has left the tail, the window must stay whole.
 int64_t Plan::RollbackAvailable() const {
   if (departures_ == 0) return tokens_;
-  return std::max<int64_t>(0, tail_count_ - setting_.window);
+  return std::max<int64_t>(0, tail_count_ - window_);
 }
 
 void Plan::Rollback(int64_t tokens, Operations& out) {
@@ -110,8 +115,58 @@ void Plan::Rollback(int64_t tokens, Operations& out) {
   tokens_ -= tokens;
 }
 
+bool Plan::GiveUp(const Setting& next, Operations& out) {
+  auto& schedule = std::get<BudgetSchedule>(schedule_);
+  if (schedule.ShrinkStep(pool_, next, out)) return true;
+  protect_ = std::min(protect_, next.protect);
+  if (protected_count_ > protect_) {
+    const Slot slot = protected_[--protected_count_];
+    out.Begin(OpKind::kEvict, protected_count_);
+    out.AddSlot(slot);
+    schedule.Insert(pool_, slot, out);
+    return true;
+  }
+  if (tail_count_ <= next.tail()) return false;
+  Depart(out);
+  return true;
+}
+
+void Plan::Compact(int64_t budget, Operations& out) {
+  Slot free = 0;
+  bool begun = false;
+  const auto lower = [&](Slot slot) {
+    if (slot < budget) return slot;
+    const Slot to = pool_.NextFree(&free);
+    pool_.Move(slot, to);
+    if (!begun) out.Begin(OpKind::kMove, 0);
+    begun = true;
+    out.AddSlot(slot);
+    out.AddSlot(to);
+    return to;
+  };
+  for (int64_t i = 0; i < sink_count_; ++i) sinks_[i] = lower(sinks_[i]);
+  std::rotate(tail_, tail_ + tail_begin_, tail_ + setting_.tail());
+  tail_begin_ = 0;
+  for (int64_t i = 0; i < tail_count_; ++i) tail_[i] = lower(tail_[i]);
+  for (int64_t i = 0; i < protected_count_; ++i) protected_[i] = lower(protected_[i]);
+  std::get<BudgetSchedule>(schedule_).Renumber(pool_, lower);
+  pool_.RebuildFree();
+}
+
+void Plan::Resize(const Setting& next, Arena& arena) {
+  pool_.Resize(arena, std::min(setting_.budget, next.budget), next.budget);
+  sinks_ = arena.Take<Slot>(next.sinks);
+  tail_ = arena.Take<Slot>(next.tail());
+  protected_ = arena.Take<Slot>(next.protect);
+  setting_ = next;
+  protect_ = next.protect;
+  window_ = std::min(window_, next.window);
+  std::get<BudgetSchedule>(schedule_).Resize(next);
+}
+
 void Plan::Transfer(Archive& archive) {
-  for (int64_t* count : {&sink_count_, &tail_count_, &protected_count_, &tokens_, &departures_}) archive.Field(*count);
+  for (int64_t* count : {&sink_count_, &tail_count_, &window_, &protected_count_, &tokens_, &departures_})
+    archive.Field(*count);
   pool_.Transfer(archive);
   std::visit([&](auto& schedule) { schedule.Transfer(archive); }, schedule_);
   archive.Array(sinks_, sink_count_, setting_.sinks);
@@ -122,6 +177,7 @@ void Plan::Transfer(Archive& archive) {
     if (archive.reading()) tail_[i] = slot;
   }
   archive.Array(tail_, 0, setting_.tail() - tail_count_);
+  archive.Array(protected_, protected_count_, setting_.protect);
 }
 
 }  // namespace express::plan

@@ -39,6 +39,15 @@ class Plan {
   int64_t RollbackAvailable() const;
   void Rollback(int64_t tokens, Operations& out);
 
+  // Another setting with the same sinks, reserve and schedule of budgets, in three steps between which the caller executes what was
+  // planned:
+  //   while (GiveUp(next, out)) ...    gives up, part by part, what `next` has no room for; each call needs MaxOps and MaxSlots
+  //   Compact(next.budget, out)        all live slots are below next.budget then; needs 1 operation of `budget` slots
+  //   Resize(next, arena)              the arrays are where a plan of `next` takes them from the arena, with what they held
+  bool GiveUp(const Setting& next, Operations& out);
+  void Compact(int64_t budget, Operations& out);
+  void Resize(const Setting& next, Arena& arena);
+
   // Bounds on what one token or one HalveAhead emits, and on the length of a halved list.
   int64_t MaxOps() const;
   int64_t MaxSlots() const;
@@ -52,6 +61,7 @@ class Plan {
   const int64_t* weights() const { return pool_.weights(); }  // (budget), 0 = free
 
   int64_t protected_count() const { return protected_count_; }
+  Slot protected_slot(int64_t i) const { return protected_[i]; }  // in the order in which they were taken
   int64_t tail_count() const { return tail_count_; }
   // Slot of the token `i` places into the exact tail, oldest first, and of sink i; the slot that the next token takes out of
   // the tail, kNoSlot if none.
@@ -78,8 +88,11 @@ class Plan {
   Pool pool_;
   Slot* sinks_;  // (sinks): for rollback
   Slot* tail_;   // (tail): ring of the exact tail
+  Slot* protected_;  // (protect)
+  int64_t protect_;  // entries protected at most: setting_.protect, or fewer on the way to another setting
   int64_t sink_count_ = 0;
   int64_t tail_begin_ = 0, tail_count_ = 0;
+  int64_t window_ = 0;  // last tokens that a rollback must leave: the window, as far as the tail has filled it
   int64_t protected_count_ = 0;
   int64_t tokens_ = 0;
   int64_t departures_ = 0;

@@ -12,6 +12,24 @@ void Pool::Reset() {
   halvings_ = 0;
 }
 
+void Pool::Resize(Arena& arena, int64_t known, int64_t capacity) {
+  weight_ = arena.Take<int64_t>(capacity);
+  next_ = arena.Take<Slot>(capacity);
+  capacity_ = capacity;
+  for (int64_t i = known; i < capacity; ++i) weight_[i] = 0;
+  RebuildFree();
+}
+
+void Pool::RebuildFree() {
+  Slot* link = &free_;
+  for (int64_t i = 0; i < capacity_; ++i) {
+    if (weight_[i] != 0) continue;
+    *link = static_cast<Slot>(i);
+    link = &next_[i];
+  }
+  *link = kNoSlot;
+}
+
 void Pool::Halve(Fifo& from, int64_t count, Fifo& to, Operations& out) {
   const int64_t weight = 2 * weight_[from.head];
   out.Begin(OpKind::kHalve, halvings_++, weight);

@@ -5,6 +5,7 @@
 #include <cstdint>
 
 #include "src/core/archive.h"
+#include "src/core/arena.h"
 #include "src/plan/operations.h"
 
 namespace express::plan {
@@ -61,6 +62,31 @@ class Pool {
   // Halves the oldest `count` entries (even) of `from`, all of one weight, into `to`.
   void Halve(Fifo& from, int64_t count, Fifo& to, Operations& out);
 
+  // Every slot of the list becomes body(slot), which moves what the pool knows of it.
+  template <class Body>
+  void Renumber(Fifo& list, const Body& body) {
+    Slot* link = &list.head;
+    Slot last = kNoSlot;
+    while (*link != kNoSlot) {
+      last = *link = body(*link);
+      link = &next_[last];
+    }
+    list.tail = last;
+  }
+  // The lowest free slot at or above *from; *from moves behind it. To be followed by RebuildFree.
+  Slot NextFree(Slot* from) const {
+    while (weight_[*from] != 0) ++*from;
+    return (*from)++;
+  }
+  void Move(Slot from, Slot to) {
+    weight_[to] = weight_[from];
+    next_[to] = next_[from];
+    weight_[from] = 0;
+  }
+  // Slots [0, capacity), of which those from `known` on are new and free. Their memory has room for as many.
+  void Resize(Arena& arena, int64_t known, int64_t capacity);
+  void RebuildFree();
+
   void SetWeight(Slot slot, int64_t weight) { weight_[slot] = weight; }
   const int64_t* weights() const { return weight_; }
   int64_t capacity() const { return capacity_; }
@@ -98,6 +124,7 @@ class Reservoir {
   }
   int64_t weight() const { return weight_; }  // 0: empty
   Slot slot() const { return slot_; }
+  void SetSlot(Slot slot) { slot_ = slot; }
   void Reset() { *this = Reservoir(); }
 
   void Transfer(Archive& archive) {

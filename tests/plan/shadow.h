@@ -130,6 +130,15 @@ class Shadow {
           --total_;
         }
         return true;
+      case OpKind::kEvict:
+        return (op.count == 1 && W(slots[0]) == 1) || Fail("eviction of what is no protected entry");
+      case OpKind::kMove:
+        for (int32_t i = 0; i < op.count; i += 2) {
+          if (W(slots[i]) == 0 || W(slots[i + 1]) != 0) return Fail("move from a free slot, or to a live one");
+          W(slots[i + 1]) = W(slots[i]);
+          W(slots[i]) = 0;
+        }
+        return true;
     }
     return Fail("unknown operation");
   }

@@ -1,0 +1,144 @@
+#include "src/cache/budgets.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "src/cache/cache.h"
+#include "src/cache/message.h"
+
+namespace express::cache {
+
+Budgets LayoutBudgets(const Shape& shape, Arena& arena) {
+  if (shape.largest == nullptr) return {};
+  const int64_t heads = int64_t{shape.config.layers} * shape.config.kv_heads;
+  Budgets out{};
+  out.observed = arena.Take<Observed>(heads);
+  out.share = arena.Take<double>(heads);
+  out.budget = arena.Take<int64_t>(heads);
+  out.settings = arena.Take<plan::Setting>(heads);
+  out.current = arena.Take<plan::Setting>(heads);
+  out.piece_capacity = 16 * heads + 64;  // more than any layout takes
+  out.pieces = arena.Take<Arena::Piece>(2 * out.piece_capacity);
+  return out;
+}
+
+void ShareOut(int64_t total, int64_t base, int64_t most, int64_t heads, double* share, int64_t* budget) {
+  int64_t left = total - heads * base, open = heads;  // to be shared out, among heads below the most
+  std::fill_n(budget, heads, -1);
+  for (bool again = true; again;) {
+    again = false;
+    double sum = 0;
+    for (int64_t h = 0; h < heads; ++h)
+      if (budget[h] < 0) sum += share[h];
+    const auto part = [&](int64_t h) {
+      return sum > 0 ? static_cast<double>(left) * (share[h] / sum)
+                     : static_cast<double>(left) / static_cast<double>(open);
+    };
+    // One at a time, the largest first: what others get grows with it.
+    int64_t largest = -1;
+    for (int64_t h = 0; h < heads; ++h)
+      if (budget[h] < 0 && (largest < 0 || part(h) > part(largest))) largest = h;
+    if (largest >= 0 && part(largest) >= static_cast<double>(most - base)) {
+      budget[largest] = most;
+      left -= most - base;
+      --open;
+      again = true;
+      continue;
+    }
+    int64_t given = 0;
+    for (int64_t h = 0; h < heads; ++h) {
+      if (budget[h] >= 0) {
+        share[h] = -1;  // full
+        continue;
+      }
+      const auto whole = std::min(static_cast<int64_t>(part(h)), left - given);
+      budget[h] = base + whole;
+      given += whole;
+    }
+    left -= given;
+  }
+  for (int64_t h = 0; left > 0; h = (h + 1) % heads)
+    if (share[h] >= 0 && budget[h] < most) ++budget[h], --left;
+}
+
+// Those that go down, the lowest first, then those that go up, the highest first: none lands on one that has still to move.
+void MovePieces(char* memory, const Arena::Piece* from, const Arena::Piece* to, int64_t count) {
+  const auto move = [&](int64_t i) {
+    std::memmove(memory + to[i].at, memory + from[i].at, std::min(from[i].bytes, to[i].bytes));
+  };
+  for (int64_t i = 0; i < count; ++i)
+    if (to[i].at < from[i].at) move(i);
+  for (int64_t i = count - 1; i >= 0; --i)
+    if (to[i].at > from[i].at) move(i);
+}
+
+void Cache::ResetBudgets() {
+  std::fill_n(budgets_.observed, HeadCount(), Observed{});
+  next_settling_ = 2 * mean_budget_;
+}
+
+// Whether budgets are due to be settled: at the beginning of a step of all layers.
+bool Cache::SettlingDue() const {
+  if (budgets_.observed == nullptr) return false;
+  const int64_t tokens = LayerTokens(0);
+  if (tokens < next_settling_) return false;
+  for (int32_t layer = 1; layer < config_.layers; ++layer)
+    if (LayerTokens(layer) != tokens) return false;
+  return true;
+}
+
+Status Cache::SettleBudgets() {
+  if (!SettlingDue()) return Status();
+  next_settling_ = 2 * LayerTokens(0);
+  const int32_t heads = HeadCount();
+  double sum = 0;
+  for (int32_t h = 0; h < heads; ++h) {
+    const Observed& seen = budgets_.observed[h];
+    const double mass = seen.rows > 0 ? static_cast<double>(seen.far) / kFarUnit / static_cast<double>(seen.rows) : 0;
+    budgets_.share[h] = mass * mass;
+    sum += budgets_.share[h];
+  }
+  if (sum == 0) return Status();  // the engine attends by itself, or nobody looks far
+  std::fill_n(budgets_.observed, heads, Observed{});
+  const int64_t base = BaseBudget(mean_budget_);
+  ShareOut(mean_budget_ * heads, base, LargestBudget(mean_budget_, heads), heads, budgets_.share, budgets_.budget);
+  for (int32_t h = 0; h < heads; ++h) budgets_.settings[h] = DivideHead(config_, base, budgets_.budget[h]);
+  broken_ = true;
+  EXPRESS_RETURN_IF_ERROR(ResizeHeads());
+  broken_ = false;
+  return Status();
+}
+
+// The budgets of a new cache, for one without tokens.
+Status Cache::EqualHeads() {
+  if (budgets_.observed == nullptr) return Status();
+  std::fill_n(budgets_.settings, HeadCount(), DivideHead(config_, BaseBudget(mean_budget_), mean_budget_));
+  return ResizeHeads();
+}
+
+// To budgets_.settings.
+Status Cache::ResizeHeads() {
+  for (int32_t h = 0; h < HeadCount(); ++h) budgets_.current[h] = HeadSettingOf(h);
+  if (!ResizeFits())
+    return Error(StatusCode::kInternal, "config.head_budgets: the new budgets do not fit into the cache's memory");
+  plan::Operations& operations = plans_.operations;
+  for (int32_t h = 0; h < HeadCount(); ++h) {
+    const int32_t index = plans_.head_plan[h];
+    plan::Plan& plan = plans_.plans[index].plan;
+    const plan::Setting& next = budgets_.settings[h];
+    BeginResize(h, next);
+    for (bool more = true; more;) {
+      operations.Clear();
+      while (more && operations.HasRoom(plan.MaxOps(), plan.MaxSlots())) more = plan.GiveUp(next, operations);
+      EXPRESS_RETURN_IF_ERROR(ExecuteOperations(index));
+    }
+    operations.Clear();
+    plan.Compact(next.budget, operations);
+    EXPRESS_RETURN_IF_ERROR(ExecuteOperations(index));
+  }
+  EXPRESS_RETURN_IF_ERROR(FinishResize());
+  CountEntries(0, config_.layers);
+  return Status();
+}
+
+}  // namespace express::cache
