@@ -18,7 +18,8 @@ class Config(C.Structure):  # express_config
         + [(n, C.c_double) for n in ("weight_exponent", "gamma", "tau", "delta", "level_fraction")]
         + [("level_floor", C.c_int64), ("max_levels", C.c_int64), ("seed", C.c_uint64)]
         + [(n, C.c_int32) for n in ("prefill_block", "auto_compress", "validate", "threads")]
-        + [("parallel_for", C.c_void_p), ("parallel_for_context", C.c_void_p), ("stream", C.c_void_p)])
+        + [("parallel_for", C.c_void_p), ("parallel_for_context", C.c_void_p), ("stream", C.c_void_p)]
+        + [("head_budgets", C.c_int32), ("reserved", C.c_int32)])
 
 
 class Tensor(C.Structure):  # express_tensor

@@ -161,7 +161,6 @@ static_assert(static_cast<int>(express::Schedule::kRounds) == EXPRESS_SCHEDULE_R
 static_assert(static_cast<int>(express::Halving::kCoin) == EXPRESS_HALVING_COIN);
 static_assert(static_cast<int>(express::BudgetUnit::kBytes) == EXPRESS_BUDGET_BYTES);
 static_assert(static_cast<int>(express::HeadBudgets::kObserved) == EXPRESS_HEAD_BUDGETS_OBSERVED);
-static_assert(static_cast<int>(express::HeadBudgets::kAuto) == EXPRESS_AUTO);
 static_assert(express::kAuto == EXPRESS_AUTO && express::kAllLayers == EXPRESS_AUTO);
 
 }  // namespace

@@ -223,14 +223,14 @@ typedef struct express_config {
   /* Since 1.1. CUDA caches: the cudaStream_t that calls enqueue on until express_set_stream; NULL: the default stream. */
   void *stream;
 
-  /* Since 1.1. express_head_budgets, or EXPRESS_AUTO: OBSERVED where that is possible, else FIXED. OBSERVED: all heads begin with the
-   * same budget; express_attend and express_prefill note, for every 16th token, how much attention each head pays beyond the
-   * last tokens and the sinks. When the tokens fill the budget, and whenever they have doubled since, the total is shared out
-   * anew: every KV head gets the base, and what remains goes in proportion to the square of that mass, at most 8 mean budgets to
-   * one head. This happens at the beginning of a call that appends, when all layers stand at the same number of tokens, in the
-   * memory that the cache has. Needs the CPU, more than one (layer, KV head), automatic window and protected_entries, no head_share
-   * and no head_settings, schedule BUDGET and auto_compress. What is kept then depends on the queries too, and on where calls
-   * stand in the stream: prefill prompts in chunks, all layers of one before the next. */
+  /* Since 1.1. express_head_budgets. OBSERVED: all heads begin with the same budget, and express_attend and express_prefill note, for
+   * every 16th token, what share of its attention each head pays to tokens more than a mean budget back. At two mean budgets of
+   * tokens, and whenever they have doubled since, the total is shared out anew: every KV head gets 7/16 of the mean, and what
+   * remains goes in proportion to the square of that share, at most 8 mean budgets to one head. It happens at the beginning of a
+   * call that appends, when all layers stand at the same number of tokens, in the memory that the cache has. Needs the CPU,
+   * more than one (layer, KV head), automatic window and protected_entries, no head_share or head_settings, schedule BUDGET and
+   * auto_compress. What is kept then depends on the queries too, on which heads one cache holds, and on where calls stand in the
+   * stream: prefill a prompt in chunks of about a mean budget, all layers of one before the next. */
   int32_t head_budgets;
   int32_t reserved; /* 0 */
 } express_config;
@@ -240,7 +240,7 @@ typedef struct express_config {
     (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0,   \
         EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,     \
         EXPRESS_HALVING_KERNEL, 0.5, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0, EXPRESS_AUTO, NULL, \
-        NULL, NULL, EXPRESS_AUTO, 0                                                                                    \
+        NULL, NULL, EXPRESS_HEAD_BUDGETS_FIXED, 0                                                                      \
   }
 
 /* The same as a function, for languages without the macro: fills the first struct_size bytes of *config with the

@@ -61,6 +61,8 @@ func TestNumbersAreThoseOfTheABI(t *testing.T) {
 		"EXPRESS_SCHEDULE_ROUNDS":             int64(ScheduleRounds),
 		"EXPRESS_HALVING_KERNEL":              int64(HalvingKernel),
 		"EXPRESS_HALVING_COIN":                int64(HalvingCoin),
+		"EXPRESS_HEAD_BUDGETS_FIXED":          int64(HeadBudgetsFixed),
+		"EXPRESS_HEAD_BUDGETS_OBSERVED":       int64(HeadBudgetsObserved),
 		"EXPRESS_BUDGET_ENTRIES":              int64(BudgetEntries),
 		"EXPRESS_BUDGET_BYTES":                int64(BudgetBytes),
 	}

@@ -23,6 +23,15 @@ const (
 	ScheduleRounds Schedule = C.EXPRESS_SCHEDULE_ROUNDS
 )
 
+// HeadBudgets is how the budgets of heads come about: express_head_budgets.
+type HeadBudgets int32
+
+// For the life of the cache, or following the attention that heads are seen to pay to far tokens (on the CPU).
+const (
+	HeadBudgetsFixed    HeadBudgets = C.EXPRESS_HEAD_BUDGETS_FIXED
+	HeadBudgetsObserved HeadBudgets = C.EXPRESS_HEAD_BUDGETS_OBSERVED
+)
+
 // Halving is how pairs are decided: express_halving.
 type Halving int32
 
@@ -66,6 +75,7 @@ type Config struct {
 	// Budgets that differ by head: one number, or one setting, per layer or per (layer, KV head).
 	HeadShare    []float32
 	HeadSettings []HeadSetting
+	HeadBudgets  HeadBudgets
 
 	// The method.
 	Schedule                          Schedule
@@ -102,6 +112,7 @@ func NewConfig(queryHeads, kvHeads, dim int) Config {
 		Gamma: float64(c.gamma), Tau: float64(c.tau), Delta: float64(c.delta), LevelFraction: float64(c.level_fraction),
 		LevelFloor: int(c.level_floor), MaxLevels: int(c.max_levels), Seed: uint64(c.seed),
 		PrefillBlock: int(c.prefill_block), AutoCompress: c.auto_compress != 0, Validate: c.validate != 0, Threads: int(c.threads),
+		HeadBudgets: HeadBudgets(c.head_budgets),
 	}
 }
 
@@ -133,7 +144,7 @@ func (c *Config) raw() (raw C.express_config, shares *C.float, settings *C.expre
 		level_fraction: C.double(c.LevelFraction), level_floor: C.int64_t(c.LevelFloor), max_levels: C.int64_t(c.MaxLevels),
 		seed: C.uint64_t(c.Seed), prefill_block: small("prefill_block", c.PrefillBlock), auto_compress: flag(c.AutoCompress),
 		validate: flag(c.Validate), threads: small("threads", c.Threads), parallel_for: (C.express_parallel_for)(c.ParallelFor),
-		parallel_for_context: c.ParallelForContext,
+		parallel_for_context: c.ParallelForContext, head_budgets: C.int32_t(c.HeadBudgets),
 	}
 	*(*uintptr)(unsafe.Pointer(&raw.stream)) = c.Stream // a handle, not memory
 	if len(c.HeadShare) > 0 {

@@ -42,6 +42,10 @@ void AddCache(CLI::App* app, CommonOptions& o) {
   app->add_option("--schedule", o.kv.schedule, "budget or rounds")
       ->check(CLI::IsMember({"budget", "rounds"}))
       ->capture_default_str();
+  app->add_option("--head-budgets", o.kv.head_budgets,
+                  "fixed, or observed: heads that are seen to look far get more of the budget")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"fixed", "observed"}));
   app->add_option("--halving", o.kv.halving, "kernel, or coin: uniform sampling, for comparison")
       ->check(CLI::IsMember({"kernel", "coin"}))
       ->capture_default_str();

@@ -27,7 +27,6 @@ enum class Halving : int32_t {
 };
 
 enum class HeadBudgets : int32_t {
-  kAuto = -1,
   kFixed = 0,
   kObserved = 1,  // follow the attention that heads are seen to pay to far tokens
 };

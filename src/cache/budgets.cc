@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "src/cache/cache.h"
 #include "src/cache/message.h"
@@ -74,7 +75,7 @@ void MovePieces(char* memory, const Arena::Piece* from, const Arena::Piece* to, 
 
 void Cache::ResetBudgets() {
   std::fill_n(budgets_.observed, HeadCount(), Observed{});
-  next_settling_ = 2 * mean_budget_;
+  next_settling_ = mean_budget_ - mean_budget_ / 16;  // just before an equal share is full
 }
 
 // Whether budgets are due to be settled: at the beginning of a step of all layers.
@@ -89,19 +90,21 @@ bool Cache::SettlingDue() const {
 
 Status Cache::SettleBudgets() {
   if (!SettlingDue()) return Status();
-  next_settling_ = 2 * LayerTokens(0);
+  const int64_t tokens = LayerTokens(0), largest = LargestBudget(config_, mean_budget_, HeadCount());
+  const int64_t most = std::min(largest, 2 * tokens);  // soon no head has more to hold
+  next_settling_ = most < largest ? std::max(2 * mean_budget_, 2 * tokens) : std::numeric_limits<int64_t>::max();
   const int32_t heads = HeadCount();
   double sum = 0;
   for (int32_t h = 0; h < heads; ++h) {
     const Observed& seen = budgets_.observed[h];
-    const double mass = seen.rows > 0 ? static_cast<double>(seen.far) / kFarUnit / static_cast<double>(seen.rows) : 0;
-    budgets_.share[h] = mass * mass;
+    const double mass =
+        seen.tokens > 0 ? static_cast<double>(seen.far) / kFarUnit / static_cast<double>(seen.tokens) : 0;
+    budgets_.share[h] = mass * mass * mass;
     sum += budgets_.share[h];
   }
   if (sum == 0) return Status();  // the engine attends by itself, or nobody looks far
-  std::fill_n(budgets_.observed, heads, Observed{});
-  const int64_t base = BaseBudget(mean_budget_);
-  ShareOut(mean_budget_ * heads, base, LargestBudget(mean_budget_, heads), heads, budgets_.share, budgets_.budget);
+  const int64_t base = BaseBudget(config_, mean_budget_);
+  ShareOut(mean_budget_ * heads, base, most, heads, budgets_.share, budgets_.budget);
   for (int32_t h = 0; h < heads; ++h) budgets_.settings[h] = DivideHead(config_, base, budgets_.budget[h]);
   broken_ = true;
   EXPRESS_RETURN_IF_ERROR(ResizeHeads());
@@ -112,7 +115,7 @@ Status Cache::SettleBudgets() {
 // The budgets of a new cache, for one without tokens.
 Status Cache::EqualHeads() {
   if (budgets_.observed == nullptr) return Status();
-  std::fill_n(budgets_.settings, HeadCount(), DivideHead(config_, BaseBudget(mean_budget_), mean_budget_));
+  std::fill_n(budgets_.settings, HeadCount(), DivideHead(config_, BaseBudget(config_, mean_budget_), mean_budget_));
   return ResizeHeads();
 }
 

@@ -16,10 +16,10 @@ namespace express::cache {
 // Every 16th token's queries are observed.
 inline constexpr int64_t kObserveEvery = 16;
 
-// What attention has noted of one head since the last settling. Integers, so that the order in which threads add does not matter.
+// What attention has noted of one head. Integers, so that the order in which threads add does not matter.
 struct Observed {
-  uint64_t far;   // sum over query rows of the share of attention that goes to far entries, in units of 2^-32
-  uint64_t rows;  // query rows
+  uint64_t far;     // sum over tokens of the share of attention that goes to far entries, in units of 2^-32
+  uint64_t tokens;  // (or groups of up to 16 query rows)
 };
 inline constexpr double kFarUnit = 4294967296.0;
 

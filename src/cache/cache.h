@@ -138,6 +138,7 @@ class Cache {
 
   // budgets.cc
   void ResetBudgets();
+  int64_t FarDistance() const { return mean_budget_ / 2; }
   bool SettlingDue() const;
   Status SettleBudgets();
   Status ResizeHeads();

@@ -45,7 +45,7 @@ struct CpuParts {
   char* scratch;     // (threads, scratch_bytes)
   int64_t scratch_bytes;
   int64_t lse_offset;  // in a thread's scratch: (prefill_block, group) floats, where budgets are observed
-  float* partials;  // (partial_floats): softmax states of one decode attention that is split over threads
+  float* partials;     // (partial_floats): softmax states of one decode attention that is split over threads
   int64_t partial_floats;
 };
 
@@ -98,7 +98,10 @@ class CpuCache final : public Cache {
   Status Broken();
 
   // observe.cc
-  bool Observes(int64_t position) const { return budgets_.observed != nullptr && position % kObserveEvery == 0; }
+  bool Observes(int64_t position) const {
+    return budgets_.observed != nullptr && position % kObserveEvery == 0 && position >= FarDistance() &&
+           position < mean_budget_;
+  }
   void ObserveDecode(const HeadState& head, const float* q, int64_t rows, const float* max, const float* sum) const;
   void ObserveBlock(const HeadState& head, const Array& q, int64_t row, int64_t position, const float* lse,
                     int64_t lse_stride) const;

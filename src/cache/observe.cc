@@ -1,8 +1,9 @@
 // How much attention goes to far entries: what observed budgets are settled by.
 //
-// Far are the entries of tokens that lie at least a mean budget back, sinks among them: a head that rests on its sinks and one that
-// looks far both lose by a short window. With the lse over them and the lse of the whole
-// attention, a query's far mass is exp(far - all). Cheap: their keys are read once more, for one token in 16.
+// Far are the entries of tokens that lie at least half a mean budget back. With the lse over them and the lse of the whole attention, a
+// query's far mass is exp(far - all); a token's is the largest of its query heads. Only the first tokens are looked at, as many as an
+// equal share holds: later a head that was given little would seem to look at little. Cheap: the keys of far entries are read once
+// more, for one token in 16 of those.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -44,18 +45,18 @@ void CpuCache::Observe(const HeadState& head, int64_t position, const float* q, 
   std::fill_n(max, rows, kMinusInfinity);
   std::fill_n(sum, rows, 0.0f);
   ForEachFar(head.slab, plans_.plans[head.plan].log_weight, static_cast<float>(config_.weight_exponent),
-             position - mean_budget_, [&](const plan::Slot* slots, const float* bias, int64_t count) {
+             position - FarDistance(), [&](const plan::Slot* slots, const float* bias, int64_t count) {
                cpu::AttendSlots(head.slab, slots, bias, count, q, rows, max, sum);
              });
   uint64_t far = 0;
   for (int64_t r = 0; r < rows; ++r) {
     if (sum[r] == 0) continue;
     const double share = sum[r] * std::exp(static_cast<double>(max[r]) - static_cast<double>(lse[r * lse_stride]));
-    if (share > 0) far += static_cast<uint64_t>(std::min(share, 1.0) * kFarUnit);  // not NaN
+    if (share > 0) far = std::max(far, static_cast<uint64_t>(std::min(share, 1.0) * kFarUnit));  // not NaN
   }
   Observed& seen = budgets_.observed[&head - parts_.heads];
   std::atomic_ref<uint64_t>(seen.far).fetch_add(far, std::memory_order_relaxed);
-  std::atomic_ref<uint64_t>(seen.rows).fetch_add(static_cast<uint64_t>(rows), std::memory_order_relaxed);
+  std::atomic_ref<uint64_t>(seen.tokens).fetch_add(1, std::memory_order_relaxed);
 }
 
 // The softmax states of the last token's rows.

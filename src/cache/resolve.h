@@ -30,10 +30,10 @@ struct Resolved {
   Shape shape() const { return {config, threads, settings.data(), observed() ? &largest : nullptr}; }
 };
 
-// Observed budgets: the base of a head where the mean is `mean`, and the most that one head can get.
-int64_t BaseBudget(int64_t mean);
-int64_t LargestBudget(int64_t mean, int64_t heads);
-// The setting of a head of `budget` entries. `config` has no automatic head_budgets.
+// The base of a head where the mean is `mean`, and, where budgets are observed, the most that one head can get.
+int64_t BaseBudget(const Config& config, int64_t mean);
+int64_t LargestBudget(const Config& config, int64_t mean, int64_t heads);
+// The setting of a head of `budget` entries.
 plan::Setting DivideHead(const Config& config, int64_t base, int64_t budget);
 
 // Everything but a budget in bytes, which needs the size of a layout: see create.cc.

@@ -53,7 +53,7 @@ uint64_t Cache::Fingerprint() const {
   };
   if (budgets_.observed != nullptr) {  // those of a new cache
     add(c.head_budgets);
-    add_setting(DivideHead(c, BaseBudget(mean_budget_), mean_budget_));
+    add_setting(DivideHead(c, BaseBudget(c, mean_budget_), mean_budget_));
   } else {
     for (int32_t h = 0; h < HeadCount(); ++h) add_setting(HeadSettingOf(h));
   }
@@ -163,7 +163,7 @@ Status Cache::Load(const void* data, size_t bytes) {
   if (budgets_.observed != nullptr) {
     archive.Array(budgets_.budget, HeadCount(), HeadCount());
     for (int32_t h = 0; h < HeadCount(); ++h)
-      budgets_.settings[h] = DivideHead(config_, BaseBudget(mean_budget_), budgets_.budget[h]);
+      budgets_.settings[h] = DivideHead(config_, BaseBudget(config_, mean_budget_), budgets_.budget[h]);
     EXPRESS_RETURN_IF_ERROR(ResizeHeads());
   }
   TransferPlans(archive);

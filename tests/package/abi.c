@@ -85,6 +85,8 @@ static const field kConfig[] = {
     FIELD(express_config, parallel_for, 216, 8),
     FIELD(express_config, parallel_for_context, 224, 8),
     FIELD(express_config, stream, 232, 8),
+    FIELD(express_config, head_budgets, 240, 4),
+    FIELD(express_config, reserved, 244, 4),
 };
 
 static const field kStats[] = {
@@ -145,6 +147,8 @@ static void check_enumerators(void) {
   EXPECT_NUMBER(EXPRESS_SCHEDULE_ROUNDS, 1);
   EXPECT_NUMBER(EXPRESS_HALVING_KERNEL, 0);
   EXPECT_NUMBER(EXPRESS_HALVING_COIN, 1);
+  EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_FIXED, 0);
+  EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_OBSERVED, 1);
   EXPECT_NUMBER(EXPRESS_BUDGET_ENTRIES, 0);
   EXPECT_NUMBER(EXPRESS_BUDGET_BYTES, 1);
   EXPECT_NUMBER(EXPRESS_AUTO, -1);
@@ -189,7 +193,7 @@ static void check_defaults(void) {
   size_t i;
   memset(&from_function, 0xA5, sizeof(from_function));
   EXPECT_NUMBER(express_config_init(&from_function, (uint32_t)sizeof(from_function)), EXPRESS_STATUS_OK);
-  EXPECT_NUMBER(from_macro.struct_size, 240);
+  EXPECT_NUMBER(from_macro.struct_size, 248);
   EXPECT_NUMBER(stats.struct_size, 88);
   for (i = 0; i < sizeof(kConfig) / sizeof(kConfig[0]); ++i) {
     const field *f = &kConfig[i];
@@ -218,7 +222,7 @@ int main(void) {
     fprintf(stderr, "the pinned numbers are those of 64-bit platforms\n");
     return 77;
   }
-  EXPECT_LAYOUT(express_config, kConfig, 240);
+  EXPECT_LAYOUT(express_config, kConfig, 248);
   EXPECT_LAYOUT(express_stats, kStats, 88);
   EXPECT_LAYOUT(express_tensor, kTensor, 40);
   EXPECT_LAYOUT(express_head_setting, kHeadSetting, 32);

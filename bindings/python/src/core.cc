@@ -168,6 +168,7 @@ class ConfigOf {
     if (name == "auto_compress") return int32(c.auto_compress);
     if (name == "validate") return int32(c.validate);
     if (name == "threads") return int32(c.threads);
+    if (name == "head_budgets") return int32(c.head_budgets);
     if (name == "stream") {
       c.stream = reinterpret_cast<void*>(nb::cast<uintptr_t>(value));
       return;

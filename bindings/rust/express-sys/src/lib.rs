@@ -40,6 +40,8 @@ pub const EXPRESS_SCHEDULE_BUDGET: i32 = 0;
 pub const EXPRESS_SCHEDULE_ROUNDS: i32 = 1;
 pub const EXPRESS_HALVING_KERNEL: i32 = 0;
 pub const EXPRESS_HALVING_COIN: i32 = 1;
+pub const EXPRESS_HEAD_BUDGETS_FIXED: i32 = 0;
+pub const EXPRESS_HEAD_BUDGETS_OBSERVED: i32 = 1;
 pub const EXPRESS_BUDGET_ENTRIES: i32 = 0;
 pub const EXPRESS_BUDGET_BYTES: i32 = 1;
 
@@ -123,6 +125,8 @@ pub struct express_config {
     pub parallel_for: Option<express_parallel_for>,
     pub parallel_for_context: *mut c_void,
     pub stream: *mut c_void,
+    pub head_budgets: i32,
+    pub reserved: i32,
 }
 
 #[repr(C)]

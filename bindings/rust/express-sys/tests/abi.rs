@@ -66,6 +66,8 @@ fn ours() -> BTreeMap<String, i64> {
             parallel_for,
             parallel_for_context,
             stream,
+            head_budgets,
+            reserved,
         }
     );
     offsets!(
@@ -117,6 +119,8 @@ fn ours() -> BTreeMap<String, i64> {
         EXPRESS_SCHEDULE_ROUNDS,
         EXPRESS_HALVING_KERNEL,
         EXPRESS_HALVING_COIN,
+        EXPRESS_HEAD_BUDGETS_FIXED,
+        EXPRESS_HEAD_BUDGETS_OBSERVED,
         EXPRESS_BUDGET_ENTRIES,
         EXPRESS_BUDGET_BYTES,
     );

@@ -20,6 +20,14 @@ pub enum Halving {
     Coin,
 }
 
+/// Whether budgets of heads stay, or follow the attention that heads are seen to pay to far tokens (CPU).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum HeadBudgets {
+    Fixed,
+    Observed,
+}
+
 /// What [`Config::budget`] counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BudgetUnit {
@@ -149,6 +157,11 @@ impl Config {
     /// How pairs are decided.
     pub fn halving(mut self, halving: Halving) -> Config {
         self.raw.halving = halving as i32;
+        self
+    }
+    /// How the budgets of heads come about.
+    pub fn head_budgets(mut self, budgets: HeadBudgets) -> Config {
+        self.raw.head_budgets = budgets as i32;
         self
     }
     /// Shares of the budget, one per layer or per (layer, KV head).

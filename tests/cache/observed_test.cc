@@ -1,0 +1,219 @@
+// Budgets that follow observed attention (config.head_budgets).
+#include <algorithm>
+
+#include "tests/cache/testing.h"
+
+namespace express {
+namespace {
+
+constexpr int64_t kMean = 128;
+
+Config ObservedConfig() {
+  Config c = SmallConfig();
+  c.layers = 2;
+  c.kv_heads = 3;
+  c.query_heads = 6;
+  c.budget = kMean;
+  c.head_budgets = HeadBudgets::kObserved;
+  return c;
+}
+
+// Keys and queries by which head g of layer l looks at all tokens alike (far), or at itself alone.
+bool LooksFar(int32_t layer, int32_t g) { return layer == 1 && g == 2; }
+Stream StreamFor(const Config& c, int32_t layer, int64_t n) {
+  Stream s(c, n, 7);
+  for (int64_t t = 0; t < n; ++t)
+    for (int32_t h = 0; h < c.query_heads; ++h) {
+      const int32_t g = h / (c.query_heads / c.kv_heads);
+      float* q = s.q.data() + (t * c.query_heads + h) * c.key_dim;
+      const float* k = s.k.data() + (t * c.kv_heads + g) * c.key_dim;
+      for (int32_t i = 0; i < c.key_dim; ++i) q[i] = LooksFar(layer, g) ? 0.0f : 4 * k[i];
+    }
+  return s;
+}
+
+struct Streams {
+  explicit Streams(const Config& c, int64_t n) : layer{StreamFor(c, 0, n), StreamFor(c, 1, n)} {}
+  Stream layer[2];
+};
+
+// Tokens [begin, end) of both layers: in prompts of `chunk` tokens, or one by one.
+std::vector<Output> Feed(ExpressCache& cache, const Config& c, const Streams& s, int64_t begin, int64_t end,
+                         int64_t chunk) {
+  std::vector<Output> outputs;
+  for (int64_t at = begin; at < end; at += chunk)
+    for (int32_t layer = 0; layer < c.layers; ++layer) {
+      const int64_t stop = std::min(at + chunk, end);
+      if (chunk > 1) {
+        outputs.push_back(Prefill(cache, c, layer, s.layer[layer], at, stop));
+      } else {
+        EXPECT_OK(Append(cache, c, layer, s.layer[layer], at, stop));
+        outputs.push_back(Attend(cache, c, layer, s.layer[layer], at, stop));
+      }
+    }
+  return outputs;
+}
+
+std::vector<int64_t> Entries(const ExpressCache& cache, const Config& c) {
+  std::vector<int64_t> entries;
+  for (int32_t layer = 0; layer < c.layers; ++layer)
+    for (int32_t g = 0; g < c.kv_heads; ++g) {
+      entries.push_back(0);
+      EXPECT_OK(cache.Entries(layer, g, &entries.back()));
+    }
+  return entries;
+}
+
+ExpressCache Create(const Config& c) {
+  ExpressCache cache;
+  EXPECT_OK(ExpressCache::Create(c, &cache));
+  return cache;
+}
+
+std::vector<char> Saved(const ExpressCache& cache) {
+  size_t bytes = 0;
+  EXPECT_OK(cache.SaveSize(&bytes));
+  std::vector<char> data(bytes);
+  EXPECT_OK(cache.Save(data.data(), bytes));
+  return data;
+}
+
+TEST(Observed, TheHeadThatLooksFarGetsMore) {
+  for (const int64_t chunk : {1, 16, 64}) {
+    const Config c = ObservedConfig();
+    const Streams s(c, 3000);
+    ExpressCache cache = Create(c);
+    int64_t bytes = 0, now = 0;
+    ASSERT_OK(cache.Bytes(&bytes));
+    for (int64_t n = 0; n < 3000; n += 192) {
+      const int64_t end = std::min<int64_t>(3000, n + 192);
+      Feed(cache, c, s, n, end, chunk);
+      Stats stats;
+      ASSERT_OK(cache.GetStats(kAllLayers, &stats));
+      ASSERT_LE(stats.entries, kMean * 6);
+      ASSERT_EQ(stats.entries_budget, kMean * 6);
+      ASSERT_OK(cache.Bytes(&now));
+      ASSERT_EQ(now, bytes);
+      for (const Held& held : ExportAll(cache, c)) {
+        ASSERT_EQ(held.total_weight(), end);
+        // Sinks and the last tokens are exact in every head, whatever its budget.
+        std::vector<int64_t> exact;
+        for (size_t i = 0; i < held.position.size(); ++i)
+          if (held.log_weight[i] == 0) exact.push_back(held.position[i]);
+        const auto has = [&](int64_t token) { return std::count(exact.begin(), exact.end(), token) == 1; };
+        for (int64_t token = 0; token < 4; ++token) ASSERT_TRUE(has(token));
+        for (int64_t token = end - 20; token < end; ++token) ASSERT_TRUE(has(token)) << token << " of " << end;
+      }
+    }
+    const std::vector<int64_t> entries = Entries(cache, c);
+    EXPECT_GT(entries[5], 3 * kMean) << "chunks of " << chunk;
+    for (size_t h = 0; h < 5; ++h) EXPECT_LT(entries[h], kMean * 2 / 3) << h;
+  }
+}
+
+// Until the budget is full nothing is known, and all is as without.
+TEST(Observed, BeginsWithEqualBudgets) {
+  const Config c = ObservedConfig();
+  Config fixed = c;
+  fixed.head_budgets = HeadBudgets::kFixed;
+  const Streams s(c, kMean);
+  ExpressCache cache = Create(c), other = Create(fixed);
+  EXPECT_EQ(Feed(cache, c, s, 0, 112, 16), Feed(other, fixed, s, 0, 112, 16));
+}
+
+// Engines that attend by themselves.
+TEST(Observed, WithoutAttentionBudgetsStayEqual) {
+  const Config c = ObservedConfig();
+  const Streams s(c, 2000);
+  ExpressCache cache = Create(c);
+  for (int64_t n = 0; n < 2000; ++n)
+    for (int32_t layer = 0; layer < 2; ++layer) ASSERT_OK(Append(cache, c, layer, s.layer[layer], n, n + 1));
+  const std::vector<int64_t> entries = Entries(cache, c);
+  EXPECT_EQ(*std::min_element(entries.begin(), entries.end()), *std::max_element(entries.begin(), entries.end()));
+}
+
+TEST(Observed, ThreadsDoNotMatter) {
+  Config c = ObservedConfig();
+  const Streams s(c, 1500);
+  ExpressCache one = Create(c);
+  c.threads = 4;
+  ExpressCache four = Create(c);
+  EXPECT_EQ(Feed(one, c, s, 0, 1500, 48), Feed(four, c, s, 0, 1500, 48));
+  EXPECT_EQ(ExportAll(one, c), ExportAll(four, c));
+}
+
+TEST(Observed, SavedAndCopiedCachesGoOn) {
+  for (const int64_t before : {60, 130, 300, 1200}) {
+    const Config c = ObservedConfig();
+    const Streams s(c, before + 500), t(c, 700);
+    ExpressCache cache = Create(c);
+    Feed(cache, c, s, 0, before, 20);
+    const std::vector<char> data = Saved(cache);
+    ExpressCache loaded = Create(c), copied = Create(c);
+    Feed(loaded, c, t, 0, 700, 7);  // has budgets of its own by now
+    Feed(copied, c, t, 0, 100, 10);
+    ASSERT_OK(loaded.Load(data.data(), data.size()));
+    ASSERT_OK(copied.Copy(cache));
+    EXPECT_EQ(Saved(loaded), data);
+    EXPECT_EQ(Saved(copied), data);
+    const std::vector<Output> expected = Feed(cache, c, s, before, before + 500, 20);
+    EXPECT_EQ(Feed(loaded, c, s, before, before + 500, 20), expected) << before;
+    EXPECT_EQ(Feed(copied, c, s, before, before + 500, 20), expected) << before;
+  }
+}
+
+TEST(Observed, ResetIsAsNew) {
+  const Config c = ObservedConfig();
+  const Streams s(c, 1500);
+  ExpressCache cache = Create(c);
+  const std::vector<Output> first = Feed(cache, c, s, 0, 1500, 30);
+  ASSERT_OK(cache.Reset());
+  EXPECT_EQ(Feed(cache, c, s, 0, 1500, 30), first);
+}
+
+TEST(Observed, FixedAndObservedDoNotMix) {
+  const Config c = ObservedConfig();
+  Config fixed = c;
+  fixed.head_budgets = HeadBudgets::kFixed;
+  const std::vector<char> data = Saved(Create(fixed));
+  EXPECT_EQ(Create(c).Load(data.data(), data.size()).code(), StatusCode::kInvalidArgument);
+}
+
+TEST(Observed, ABudgetInBytesHolds) {
+  Config c = ObservedConfig();
+  c.budget_unit = BudgetUnit::kBytes;
+  c.budget = 300'000;
+  int64_t bytes = 0, mean = 0;
+  ASSERT_OK(ExpressCache::Size(c, &bytes, &mean));
+  EXPECT_LE(bytes, c.budget);
+  EXPECT_GT(mean, kMean);
+  const Streams s(c, 8 * mean);
+  ExpressCache cache = Create(c);
+  Feed(cache, c, s, 0, 8 * mean, 64);
+  EXPECT_GT(Entries(cache, c)[5], 2 * mean);
+}
+
+TEST(Observed, RefusesWhatItCannotDo) {
+  const auto refused = [](const char* what, auto change) {
+    Config c = ObservedConfig();
+    change(c);
+    ExpressCache cache;
+    const Status status = ExpressCache::Create(c, &cache);
+    EXPECT_EQ(status.code(), StatusCode::kInvalidArgument) << what;
+    EXPECT_NE(status.message().find("config.head_budgets"), std::string::npos) << status.message();
+  };
+  static constexpr float kShare[] = {1, 2};
+  refused("window", [](Config& c) { c.window = 20; });
+  refused("protected", [](Config& c) { c.protected_entries = 3; });
+  refused("share", [](Config& c) { c.head_share = kShare; });
+  refused("rounds", [](Config& c) { c.schedule = Schedule::kRounds; });
+  refused("auto_compress", [](Config& c) { c.auto_compress = false; });
+  refused("one head", [](Config& c) { c.layers = c.kv_heads = 1; });
+  Config c = ObservedConfig();
+  c.budget = 24;  // a base of 7
+  ExpressCache cache;
+  EXPECT_EQ(ExpressCache::Create(c, &cache).code(), StatusCode::kBudgetTooSmall);
+}
+
+}  // namespace
+}  // namespace express
