@@ -61,12 +61,16 @@ DEV = [
     ("16 x 512: sinks + window", ["--policy", "window", "--budget", "512"], 1),
     ("16 x 256 by far mass: 60/28/12, p 2", ["--policy", "express", "--budget", "256"] + PROFILE, 3),
     ("16 x 256: sinks + window", ["--policy", "window", "--budget", "256"], 1),
+    ("16 x 1024: observed budgets, no profile", ["--policy", "express", "--budget", "1024", "--head-budgets", "observed"], 3),
+    ("16 x 512: observed budgets, no profile", ["--policy", "express", "--budget", "512", "--head-budgets", "observed"], 3),
+    ("16 x 256: observed budgets, no profile", ["--policy", "express", "--budget", "256", "--head-budgets", "observed"], 3),
 ]
 TEST = [row for row in DEV if row[0] in ("exact", "1024: sinks + window", "1024: default division, no profile",
                                          "16 x 1024 by far mass: window, p 2",
-                                         "16 x 1024 by far mass: 60/28/12, p 2 (default)")]
+                                         "16 x 1024 by far mass: 60/28/12, p 2 (default)")
+        or "observed" in row[0] or row[0].startswith("16 x 512") or row[0].startswith("16 x 256")]
 ROWS = {"dev": DEV, "test": TEST}
-FULL = {row[0] for row in TEST} | {"16 x 512 by far mass: 60/28/12, p 2", "4096: + protected 35 %, window 1024, alpha 0.5"}
+FULL = {row[0] for row in TEST if "16 x 512" not in row[0] and "16 x 256" not in row[0]} | {"16 x 512 by far mass: 60/28/12, p 2", "4096: + protected 35 %, window 1024, alpha 0.5"}
 UNITS = {"dev": (1, 5, 9), "test": (0, 1, 2, 3)}
 
 

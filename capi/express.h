@@ -223,14 +223,15 @@ typedef struct express_config {
   /* Since 1.1. CUDA caches: the cudaStream_t that calls enqueue on until express_set_stream; NULL: the default stream. */
   void *stream;
 
-  /* Since 1.1. express_head_budgets. OBSERVED: all heads begin with the same budget, and express_attend and express_prefill note, for
-   * every 16th token, what share of its attention each head pays to tokens more than a mean budget back. At two mean budgets of
-   * tokens, and whenever they have doubled since, the total is shared out anew: every KV head gets 7/16 of the mean, and what
-   * remains goes in proportion to the square of that share, at most 8 mean budgets to one head. It happens at the beginning of a
-   * call that appends, when all layers stand at the same number of tokens, in the memory that the cache has. Needs the CPU,
-   * more than one (layer, KV head), automatic window and protected_entries, no head_share or head_settings, schedule BUDGET and
-   * auto_compress. What is kept then depends on the queries too, on which heads one cache holds, and on where calls stand in the
-   * stream: prefill a prompt in chunks of about a mean budget, all layers of one before the next. */
+  /* Since 1.1. express_head_budgets. OBSERVED: all heads begin with the mean budget B, and until as many tokens have come
+   * express_attend and express_prefill note, for every 16th of them, how much of its attention each KV head pays to tokens more
+   * than B/2 back. At 15/16 B tokens the total is shared out anew: every KV head gets 5/16 B, and what remains goes in proportion
+   * to the third power of that share; at most 2 n entries at n tokens, and 8 B, go to one head, so that it is done once more at
+   * 2 B and at 4 B tokens. It happens in the memory that the cache has, at the beginning of a call that appends and when all layers
+   * stand at the same number of tokens. Needs the CPU, more than one (layer, KV head), automatic window and
+   * protected_entries, no head_share or head_settings, schedule BUDGET and auto_compress. What is kept then depends on the queries
+   * too, on which heads one cache holds, and on where calls stand in the stream: prefill a prompt in chunks of at most B tokens, all
+   * layers of one before the next. */
   int32_t head_budgets;
   int32_t reserved; /* 0 */
 } express_config;

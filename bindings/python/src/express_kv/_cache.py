@@ -51,7 +51,8 @@ class Cache:
       budget (1024): entries per KV head, or with budget_unit="bytes" bytes of the whole cache,
       dtype of what is kept ("float32", "float16", "bfloat16"), device ("cpu", "cuda", "cuda:1"),
       sinks, window, protected_entries, rollback_reserve, head_share (a number per layer or per layer and KV head),
-      head_settings (tuples of budget, sinks, window, protected_entries), head_budgets ("fixed", "observed"), schedule ("budget", "rounds"), halving ("kernel", "coin"),
+      head_settings (tuples of budget, sinks, window, protected_entries), head_budgets ("fixed", "observed"),
+      schedule ("budget", "rounds"), halving ("kernel", "coin"),
       weight_exponent, gamma, tau, delta, level_fraction, level_floor, max_levels, seed, first_layer, first_kv_head,
       prefill_block, auto_compress, validate, threads.
 
