@@ -5,7 +5,8 @@
     python3 bench/transformers_generate.py --tiny                                            # a minute on a CPU
 
 For each context and cache: the time of the prefill (to the first token), tokens/s of the decode that follows, bytes of keys and values, and the
-peak of memory (a GPU's: PyTorch's allocations, weights included, and the Express caches, which allocate for themselves). Medians over --repeat;
+peak of memory (a GPU's: PyTorch's allocations, weights included, and the Express caches, which allocate for themselves). The exact side's decode steps
+run without cuDNN's attention, which PyTorch would take and which plans anew for every length (--cudnn-decode: with it). Medians over --repeat;
 the JSON has every repetition. A cache that the GPU's memory has no room for is a row that says so. Needs express_kv, PyTorch and transformers; --attention is the exact side's ("sdpa", "flash_attention_2").
 """
 import argparse
@@ -33,13 +34,15 @@ WARM = 4  # steps that are not counted: the first ones load kernels, or capture 
 class Clock(StoppingCriteria):
     """The time after each token; generate waits for the device there anyway."""
 
-    def __init__(self, device):
-        self.device, self.times = device, []
+    def __init__(self, device, cudnn_decode):
+        self.device, self.cudnn_decode, self.times = device, cudnn_decode, []
 
     def now(self):
+        """Also the end of the prompt, when it is the second call."""
         if self.device == "cuda":
             torch.cuda.synchronize()
         self.times.append(time.perf_counter())
+        torch.backends.cuda.enable_cudnn_sdp(self.cudnn_decode or len(self.times) < 2)
 
     def __call__(self, input_ids, scores, **_):
         self.now()
@@ -77,7 +80,7 @@ def once(o, model, kind, batch, context, new):
     cache = ExpressCache(config=model.config, budget=o.budget, **options) if express else DynamicCache(config=model.config)
     generator = torch.Generator().manual_seed(context)
     ids = torch.randint(1, o.vocabulary, (batch, context), generator=generator).to(o.device)
-    clock = Clock(o.device)
+    clock = Clock(o.device, o.cudnn_decode)
     clock.now()
     chunks = {"prefill_chunk_size": o.prefill_chunk} if o.prefill_chunk else {}
     with decode_graph(model) if kind == "graph" else contextlib.nullcontext():
@@ -131,6 +134,7 @@ def main():
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--attention", default="sdpa", help="of the exact cache")
     parser.add_argument("--caches", default="dynamic,express,graph", help="dynamic: DynamicCache; express: ExpressCache; graph: the same within decode_graph")
+    parser.add_argument("--cudnn-decode", action="store_true", help="let PyTorch choose in decode steps, too")
     parser.add_argument("--prefill-chunk", type=int, default=0, help="0: the prompt whole")
     parser.add_argument("--threads", type=int, help="of Express, on a CPU")
     parser.add_argument("--repeat", type=int, default=3)
