@@ -223,11 +223,16 @@ class Cache:
         self._stream = stream
 
     def step_prepare(self, n: int) -> None:
-        """Plans the coming n tokens of all layers for a captured graph."""
+        """Plans the coming n tokens of all layers for replays of a captured graph, in the cache's stream.
+
+        Capture within torch.cuda.graph(...): for every layer in order append(_batch) of one token and attend(_batch), on tensors that stay.
+        That leaves the cache in the stream of the capture, so set_stream(torch.cuda.current_stream().cuda_stream) comes next; then
+        prepare n, replay n times, and again. docs/cuda.md has the rest; express_kv.transformers.decode_graph does it for a model.
+        """
         self._core.step_prepare(n)
 
     def step_cancel(self) -> None:
-        """Takes prepared steps back that were not replayed; the stream has been synchronised."""
+        """Takes prepared steps back that were not replayed. Synchronise the stream before."""
         self._core.step_cancel()
 
     def _follow(self, x: Any) -> int | None:

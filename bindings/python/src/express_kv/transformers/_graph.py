@@ -59,8 +59,8 @@ class _DecodeGraph:
         self.failed = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and "input_ids" not in kwargs:  # the first argument of all models
-            args, kwargs = (), {"input_ids": args[0], **kwargs}
+        if len(args) == 1 and "input_ids" not in kwargs:
+            kwargs["input_ids"], args = args[0], args[1:]  # the first argument of all models
         cache: Any = kwargs.get("past_key_values")
         if self.failed or args or not _can_be_captured(cache, kwargs):
             return self.forward(*args, **kwargs)
