@@ -14,6 +14,7 @@ import contextlib
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import platform
 import statistics
@@ -122,6 +123,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, in place of the defaults")
     parser.add_argument("--contexts", default="32768,131072")
     parser.add_argument("--batches", default="1")
+    parser.add_argument("--most-tokens", type=int, default=1 << 18, help="larger batch x context are left out: prompts are run whole")
     parser.add_argument("--new", type=int, default=128, help="tokens to generate")
     parser.add_argument("--budget", type=int, default=1024, help="entries per KV head")
     parser.add_argument("--layers", type=int, default=16)
@@ -149,11 +151,10 @@ def main():
     rows = []
     for kind in kinds:
         once(o, model, kind, 1, min(contexts[0], 2048), 4)  # loads kernels
-    for batch in (int(n) for n in o.batches.split(",")):
-        for context in contexts:
-            for kind in kinds:
-                rows.append(measure(o, model, kind, batch, context))
-                print(line(rows[-1]), flush=True)
+    sizes = [(int(batch), context) for batch in o.batches.split(",") for context in contexts if int(batch) * context <= o.most_tokens]
+    for (batch, context), kind in itertools.product(sizes, kinds):
+        rows.append(measure(o, model, kind, batch, context))
+        print(line(rows[-1]), flush=True)
     if o.out:
         versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers", "express-kv")}
         with open(o.out, "w") as file:

@@ -61,9 +61,7 @@ def current_stream(x: Any) -> int | None:
     """The stream that x's library works in now, or None where there is none to follow."""
     kind = library(x)
     if kind == "torch" and x.is_cuda:
-        import torch
-
-        return int(torch.cuda.current_stream(x.device).cuda_stream)
+        return _torch_stream(x.get_device())
     if kind == "cupy":
         import cupy
 
@@ -76,3 +74,10 @@ def address(x: Any) -> int:
     if library(x) == "torch":
         return int(x.data_ptr())
     return int(x.data.ptr if library(x) == "cupy" else x.ctypes.data)
+
+
+def _torch_stream(device: int) -> int:
+    import torch
+
+    current = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # a tenth of the time of the other
+    return int(current(device) if current is not None else torch.cuda.current_stream(device).cuda_stream)

@@ -290,6 +290,14 @@ def attend_batch(caches: Sequence[Cache], layer: int, q: Any, out: Any = None, *
     return out
 
 
+def step_batch(caches: Sequence[Cache], layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
+    """append_batch and attend_batch, with what they share done once."""
+    stream = _follow_all(caches, k)
+    cores = [cache._core for cache in caches]
+    _core.append_batch(cores, layer, given(k, stream), given(v, stream))
+    _core.attend_batch(cores, layer, given(q, stream), given(out, stream), None)
+
+
 def size(**options: Any) -> tuple[int, int]:
     """What Cache(**options) would take, without taking it: bytes in all, and mean entries per KV head."""
     return _core.size(_fields(options))

@@ -7,7 +7,7 @@ from typing import Any, Iterator, NamedTuple
 
 import torch
 
-from .._cache import Cache, append_batch, attend_batch
+from .._cache import Cache, step_batch
 from .._errors import Error, Status
 from ._parallel import first_kv_head, of_rank
 
@@ -69,7 +69,6 @@ class Sequences:
         returns (batch, n, query_heads, value_dim), zero where padding is
         """
         batch, heads, n = query.shape[:3]
-        rows = [Rows(slice(0, n), n, n)] * batch if mask is None else self._rows_of(mask)
         if not self._recording:
             self.settle()
         if not self.caches:
@@ -78,9 +77,9 @@ class Sequences:
         out = query.new_empty((batch, n, heads, value.shape[3]))
         self.failed = True  # until all is done
         if n == 1 and mask is None:
-            append_batch(self.caches, layer, key[:, :, 0], value[:, :, 0])
-            attend_batch(self.caches, layer, query[:, :, 0], out[:, 0])
+            step_batch(self.caches, layer, query.select(2, 0), key.select(2, 0), value.select(2, 0), out.select(1, 0))
         else:
+            rows = self._rows_of(mask) if mask is not None else [Rows(slice(0, n), n, n)] * batch
             for i, cache in enumerate(self.caches):
                 at = rows[i].at
                 q, k, v = (x[i].transpose(0, 1)[at] for x in (query, key, value))  # (tokens, heads, dim)
@@ -92,8 +91,9 @@ class Sequences:
                     out[i, at] = self._one(cache, layer, q, k, v, torch.empty_like(out[i, at]))
         self.seen[layer] += n
         if layer == self.layers - 1:
+            runs = [row.solid for row in self._rows_of(mask)] if mask is not None else [n] * batch
+            self.solid = [run if run < n else solid + n for run, solid in zip(runs, self.solid)]
             self._workspace = self._rows = None
-            self.solid = [row.solid if row.solid < n else solid + n for row, solid in zip(rows, self.solid)]
         self.failed = False
         return out
 
@@ -141,7 +141,7 @@ class Sequences:
         return [Cache(**self.fields, **stream) for _ in range(count)]
 
     def _check(self, query: Any, key: Any, value: Any, scale: float) -> None:
-        sizes = (query.shape[:2], query.shape[3], key.shape[1], value.shape[3], key.device, scale)
+        sizes = (query.shape, key.shape, value.shape, key.device, scale)
         if sizes == self._checked:
             return
         f = self.fields
