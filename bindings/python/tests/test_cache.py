@@ -257,6 +257,30 @@ def test_strided_and_readonly_arrays_are_taken_as_they_are():
     assert held(a) == held(b)
 
 
+def test_any_dlpack_producer():
+    """Arrays of a library that only speaks DLPack, in and out, and where they are."""
+
+    class Foreign:
+        def __init__(self, x):
+            self.x = x
+
+        def __dlpack__(self, **more):
+            return self.x.__dlpack__(**more)
+
+        def __dlpack_device__(self):
+            return self.x.__dlpack_device__()
+
+    cache, same, s = cache_of(), cache_of(), stream(30)
+    out = np.full((30, 6, 8), np.nan, np.float32)
+    cache.append(0, Foreign(s["k"]), Foreign(s["v"]))
+    same.append(0, s["k"], s["v"])
+    given = Foreign(out)
+    assert cache.attend(0, Foreign(s["q"]), given) is given
+    np.testing.assert_array_equal(out, same.attend(0, s["q"]))
+    with pytest.raises(TypeError, match="give one"):
+        express_kv._arrays.empty(Foreign(out), (1,))
+
+
 def test_outputs_are_written_in_place():
     cache, q = filled(), stream(2)["q"]
     big = np.full((2, 8, 8), 7, np.float32)
