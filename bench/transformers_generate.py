@@ -29,6 +29,7 @@ TINY = {"contexts": "1024,4096", "layers": 2, "query_heads": 8, "kv_heads": 2, "
         "budget": 256, "dtype": "float32", "device": "cpu", "repeat": 2}
 
 
+NAMES = {"dynamic": "DynamicCache", "express": "ExpressCache", "graph": "ExpressCache, `decode_graph`"}
 WARM = 4  # steps that are not counted: the first ones load kernels, or capture a graph
 
 
@@ -117,9 +118,27 @@ def line(row):
                     f"{row['kv_bytes'] / 1e6:9.1f} {peak} {row['stored']:8d}")
 
 
+def markdown(files):
+    """The rows of results as a table for bench/results."""
+    yield "| batch | context | cache | prompt, s | decode, tokens/s | ms a step | keys and values, MB | peak, GB |"
+    yield "|---:|---:|---|---:|---:|---:|---:|---:|"
+    for file in files:
+        with open(file) as opened:
+            rows = json.load(opened)["rows"]
+        for row in rows:
+            where = f"| {row['batch']} | {row['context']} | {NAMES[row['cache']]} | "
+            if "out_of_memory" in row:
+                yield where + "out of memory | | | | |"
+                continue
+            rate = row["decode_tokens_per_s"]
+            yield where + (f"{row['prefill_s']:.2f} | {rate:.1f} | {1e3 * row['batch'] / rate:.2f} | {row['kv_bytes'] / 1e6:.0f} | "
+                           f"{row['peak_bytes'] / 1e9:.1f} |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", help="JSON file")
+    parser.add_argument("--markdown", nargs="+", metavar="FILE", help="only show these results as a table")
     parser.add_argument("--tiny", action="store_true", help="sizes for a CPU, in place of the defaults")
     parser.add_argument("--contexts", default="32768,131072")
     parser.add_argument("--batches", default="1")
@@ -143,6 +162,9 @@ def main():
     if parser.parse_known_args()[0].tiny:
         parser.set_defaults(**TINY)
     o = parser.parse_args()
+    if o.markdown:
+        print("\n".join(markdown(o.markdown)))
+        return
     model = build(o)
     kinds, contexts = o.caches.split(","), [int(n) for n in o.contexts.split(",")]
     device = torch.cuda.get_device_name() if o.device == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
