@@ -30,11 +30,12 @@ build_engine "$build" -DEXPRESS_LM_WERROR="$werror"
 mkdir -p "$build/bindings"
 cat >"$build/bindings/CTestTestfile.cmake" <<EOF
 add_test(bindings/python "$PWD/bindings/python/test.sh" "$PWD/$build/bindings/python" "$PWD/$build/stage")
+add_test(bindings/wheel "$PWD/bindings/python/wheel_test.sh" "$PWD/$build/bindings/wheel")
 add_test(bindings/rust "$PWD/bindings/rust/test.sh" "$PWD/$build/bindings/rust" "$PWD/$build/stage")
 add_test(bindings/go "$PWD/bindings/go/test.sh" "$PWD/$build/bindings/go" "$PWD/$build/stage")
 add_test(bindings/overhead "$PWD/bench/bindings_overhead/run.py" --build "$PWD/$build" --rounds 1 --calls 1000)
 set_tests_properties(bindings/overhead PROPERTIES DEPENDS bindings/python)
-set_tests_properties(bindings/python bindings/rust bindings/go bindings/overhead PROPERTIES TIMEOUT 900 SKIP_RETURN_CODE 77)
+set_tests_properties(bindings/python bindings/wheel bindings/rust bindings/go bindings/overhead PROPERTIES TIMEOUT 900 SKIP_RETURN_CODE 77)
 EOF
 
 # The library's tests, the engine's and the bindings', as one CTest run with one summary.

@@ -49,7 +49,7 @@ def measure(commands, rounds, calls):
     runs, results = {name: [] for name in commands}, set()
     for _ in range(rounds):
         for name, command in commands.items():
-            words = subprocess.run([*command, str(calls)], check=True, capture_output=True, text=True).stdout.split()
+            words = subprocess.run([*command[:2], str(calls), *command[2:]], check=True, capture_output=True, text=True).stdout.split()
             runs[name].append((float(words[0]), float(words[1])))
             results.add((words[2], words[3]))
     if len(results) != 1:
@@ -90,7 +90,9 @@ def main():
         print(f"NOT ON THIS MACHINE: {', '.join(lacking)}; NOTHING WAS MEASURED", file=sys.stderr)
         sys.exit(1 if os.environ.get("CI") else 77)
     commands = build(at / "stage", at / "bindings_overhead")
-    commands["Python"] = [python, HERE / "overhead.py"]
+    commands["Python, NumPy"] = [python, HERE / "overhead.py"]
+    if subprocess.run([python, "-c", "import torch"], capture_output=True, check=False).returncode == 0:
+        commands["Python, PyTorch"] = [python, HERE / "overhead.py", "torch"]
     runs = measure(commands, args.rounds, args.calls)
     print(f"{processor()}, {os.cpu_count()} processors, {time.strftime('%Y-%m-%d')}; medians (and ranges) of {args.rounds} "
           f"interleaved runs of {args.calls} calls\n")

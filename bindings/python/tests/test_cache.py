@@ -87,6 +87,38 @@ def test_prefill_is_the_same_whole_and_in_chunks():
     assert held(whole) == held(parts)
 
 
+@pytest.mark.parametrize("block", [None, 64])
+def test_progress(block):
+    """Told as the work goes on, and it makes no difference, wherever the call begins."""
+    more = {} if block is None else {"prefill_block": block}
+    s, told = stream(9100), []
+    caches = [cache_of(**more) for _ in range(2)]
+    outs = []
+    for cache, progress in zip(caches, (None, lambda done, total: told.append((done, total)))):
+        cache.append(0, s["k"][:100], s["v"][:100], progress=progress)
+        lse = np.empty((9000, 6), np.float32)
+        outs.append((cache.prefill(0, *(s[x][100:] for x in "qkv"), lse=lse, progress=progress), lse))
+        cache.append_all(np.stack([s["k"][:5000]] * 2), np.stack([s["v"][:5000]] * 2), progress=progress)
+    pieces = [n - 100 % (block or 256) for n in (4096, 8192)]  # they end at multiples of the block
+    assert told[:4] == [(100, 100), *((n, 9000) for n in pieces), (9000, 9000)]
+    assert told[4:] == [(4096 - 9100 % (block or 256), 5000), (5000, 5000)]
+    for a, b in zip(*outs):
+        np.testing.assert_array_equal(a, b)
+    assert held(caches[0]) == held(caches[1]) and held(caches[0], 1) == held(caches[1], 1)
+
+
+def test_progress_may_end_a_call():
+    cache, s = cache_of(), stream(9000)
+
+    def enough(done, total):
+        if done > 5000:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        cache.append(0, s["k"], s["v"], progress=enough)
+    assert cache.stats(0)["tokens"] == 8192
+
+
 def test_batches_are_single_calls():
     s = stream(4)
     single, batched = ([cache_of(budget=64 + 8 * i) for i in range(4)] for _ in range(2))
@@ -223,6 +255,30 @@ def test_strided_and_readonly_arrays_are_taken_as_they_are():
     a.append(0, k, s["v"])
     b.append(0, s["k"], s["v"])
     assert held(a) == held(b)
+
+
+def test_any_dlpack_producer():
+    """Arrays of a library that only speaks DLPack, in and out, and where they are."""
+
+    class Foreign:
+        def __init__(self, x):
+            self.x = x
+
+        def __dlpack__(self, **more):
+            return self.x.__dlpack__(**more)
+
+        def __dlpack_device__(self):
+            return self.x.__dlpack_device__()
+
+    cache, same, s = cache_of(), cache_of(), stream(30)
+    out = np.full((30, 6, 8), np.nan, np.float32)
+    cache.append(0, Foreign(s["k"]), Foreign(s["v"]))
+    same.append(0, s["k"], s["v"])
+    given = Foreign(out)
+    assert cache.attend(0, Foreign(s["q"]), given) is given
+    np.testing.assert_array_equal(out, same.attend(0, s["q"]))
+    with pytest.raises(TypeError, match="give one"):
+        express_kv._arrays.empty(Foreign(out), (1,))
 
 
 def test_outputs_are_written_in_place():

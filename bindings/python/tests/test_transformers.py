@@ -17,7 +17,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, LlamaForCausalLM, StaticCache
 
 import express_kv
-from express_kv.transformers import ExpressCache, express_attention, express_mask
+from express_kv.transformers import ExpressCache, decode_graph, express_attention, express_mask
 from families import FAMILIES, SIZE, model_of, prompts
 
 MODEL = pathlib.Path(__file__).parents[3] / "examples" / "byte_lm" / "model"
@@ -471,19 +471,35 @@ def test_byte_lm_reads_on_within_a_budget(byte_lm):
     assert abs(ours - exact) < 0.15 and exact < 1.6, (ours, exact)
 
 
+def test_decode_graph_changes_nothing_without_a_gpu(llama):
+    inputs, forward = prompts(2, 30), llama.forward
+    want = generate(llama, inputs, cache_for(llama))
+    with decode_graph(llama):
+        assert "forward" in vars(llama)
+        same(generate(llama, inputs, cache_for(llama)), want)
+        same(generate(llama, inputs, DynamicCache(config=llama.config)), want)
+    assert "forward" not in vars(llama) and llama.forward == forward
+
+
 # ---- a GPU ----
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_on_a_gpu(dtype):
-    """Beside the exact cache, in a stream of its own; dims that the CUDA backend has."""
+def on_gpu(dtype):
+    """A model there, of dims that the CUDA backend has, and its inputs."""
+    if not torch.cuda.is_available():
+        pytest.skip("NO GPU: express_kv.transformers IS NOT TESTED ON ONE")
     try:
         express_kv.Cache(key_dim=64, device="cuda").close()
     except express_kv.Error as error:
         pytest.skip(str(error))
     model = model_of(type(FAMILIES["llama"][0])(**{**SIZE, "head_dim": 64, "initializer_range": 0.1})).to("cuda", dtype)
-    inputs = {name: x.cuda() for name, x in prompts(3, 200).items()}
+    return model, {name: x.cuda() for name, x in prompts(3, 200).items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_on_a_gpu(dtype):
+    """Beside the exact cache, in a stream of its own."""
+    model, inputs = on_gpu(dtype)
     follow = torch.randint(2, 132, (20, 3, 1), generator=torch.Generator().manual_seed(0)).cuda()
 
     def logits(cache):
@@ -506,6 +522,54 @@ def test_on_a_gpu(dtype):
     assert small.get_seq_length() == 220 and 40 < small.get_stored_length() <= 64 and beams.sequences.shape == (3, 240)
 
 
+@pytest.mark.parametrize("budget", [64, 512])
+def test_decode_graph_on_a_gpu(budget, monkeypatch):
+    """What it gives is what forward passes give, also where they take turns; and it is a graph that does."""
+    model, inputs = on_gpu(torch.float32)
+    replays, replay = [], torch.cuda.CUDAGraph.replay
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda graph: replays.append(1) or replay(graph))
+    plain, graphed = cache_for(model, budget, rollback_reserve=4), cache_for(model, budget, rollback_reserve=4)
+    want = generate(model, inputs, plain, new=60)
+    assert not replays
+    with decode_graph(model):
+        got = generate(model, inputs, graphed, new=60)
+        assert len(replays) == 58  # all but the prompt and the step after it
+        assert torch.equal(got.sequences, want.sequences)
+        torch.testing.assert_close(torch.stack(got.logits), torch.stack(want.logits), atol=2e-4, rtol=2e-4)
+        assert graphed.get_seq_length() == plain.get_seq_length() == 259
+        for a, b in zip(graphed.sequences, plain.sequences):  # the plans that were made ahead are taken back
+            assert a.stats()["tokens"] == b.stats()["tokens"] and a.entries(1, 0) == b.entries(1, 0)
+        logits = []
+        for cache in (graphed, plain):  # on by hand: tokens taken back, several at once, sequences that change places, a copy
+            mask = torch.cat([inputs["attention_mask"], torch.ones(3, 59, device="cuda", dtype=torch.long)], 1)
+            cache.crop(-2)
+            with torch.no_grad():
+                model(torch.full((3, 5), 7, device="cuda"), attention_mask=torch.cat([mask[:, :-2], mask[:, -5:]], 1), past_key_values=cache)
+                cache.reorder_cache(torch.tensor([2, 0, 1]))
+                fork = copy.deepcopy(cache)
+                for turn in (cache, fork, cache):
+                    for t in range(4):
+                        n = turn.get_seq_length()
+                        position = torch.full((3, 1), n, device="cuda")
+                        logits.append(model(torch.full((3, 1), 9 + t, device="cuda"), position_ids=position, past_key_values=turn).logits)
+        assert len(replays) == 58 + 2 * 3 * 3  # each of the turns begins with a forward pass
+        half = len(logits) // 2
+        torch.testing.assert_close(torch.stack(logits[:half]), torch.stack(logits[half:]), atol=2e-4, rtol=2e-4)
+        beams = [generate(model, inputs, cache_for(model, budget), num_beams=3).sequences]
+    beams.append(generate(model, inputs, cache_for(model, budget), num_beams=3).sequences)
+    assert torch.equal(*beams)
+
+
+def test_decode_graph_of_a_model_that_cannot_be_captured():
+    model, inputs = on_gpu(torch.float32)
+    want = generate(model, inputs, cache_for(model, 64))
+    hook = model.model.layers[1].register_forward_hook(lambda module, args, out: out if out[0].sum().item() is None else None)
+    with decode_graph(model), pytest.warns(UserWarning, match="cannot be captured"):
+        got = generate(model, inputs, cache_for(model, 64))
+    hook.remove()
+    assert torch.equal(got.sequences, want.sequences)
+
+
 # ---- the documentation and the benchmark ----
 
 
@@ -523,7 +587,7 @@ def test_the_benchmark_runs(tmp_path):
     script = pathlib.Path(__file__).parents[3] / "bench" / "transformers_generate.py"
     subprocess.run([sys.executable, script, "--tiny", "--contexts", "300", "--budget", "64", "--new", "5", "--repeat", "1", "--out", tmp_path / "x.json"],
                    check=True, capture_output=True)
-    exact, express = json.loads((tmp_path / "x.json").read_text())["rows"]
-    assert (exact["cache"], express["cache"]) == ("dynamic", "express") and len(express["runs"][0]["step_s"]) == 4
+    exact, express, graph = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert (exact["cache"], express["cache"], graph["cache"]) == ("dynamic", "express", "graph") and len(express["runs"][0]["step_s"]) == 4
     assert express["runs"][0]["stored"] <= 64 and exact["runs"][0]["stored"] == 304
     assert exact["runs"][0]["kv_bytes"] == 304 * 2 * 2 * 2 * 32 * 4 > express["runs"][0]["kv_bytes"]

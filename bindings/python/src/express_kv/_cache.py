@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any, Mapping, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 from . import _core
-from ._arrays import current_stream, empty, given
+from ._arrays import address, current_stream, empty, given
 
 ALL_LAYERS = -1
 AUTO = -1
+PREFILL_BLOCK = 256  # the library's default
+PIECE = 4096  # tokens between two words to a progress callback, about
+Progress = Callable[[int, int], object]
 _DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
 _CHOICES: dict[str, dict[str, int]] = {
     "dtype": _DTYPES,
@@ -102,15 +105,27 @@ class Cache:
 
     # ---- tokens ----
 
-    def append(self, layer: int, k: Any, v: Any) -> None:
-        """Ingests n tokens into a layer: k (n, kv_heads, key_dim), v (n, kv_heads, value_dim)."""
-        self._follow(k)
-        self._core.append(layer, given(k), given(v))
+    def append(self, layer: int, k: Any, v: Any, *, progress: Progress | None = None) -> None:
+        """Ingests n tokens into a layer: k (n, kv_heads, key_dim), v (n, kv_heads, value_dim), of float32, float16 or bfloat16.
 
-    def append_all(self, k: Any, v: Any) -> None:
+        progress(done, n), if given, is called as the work goes on, every few thousand tokens (on a GPU: as it is enqueued). What it
+        raises ends the call; the tokens done until then stay.
+        """
+        if progress is not None:
+            for begin, end in self._pieces(layer, int(k.shape[0]), progress):
+                self.append(layer, k[begin:end], v[begin:end])
+            return
+        stream = self._follow(k)
+        self._core.append(layer, given(k, stream), given(v, stream))
+
+    def append_all(self, k: Any, v: Any, *, progress: Progress | None = None) -> None:
         """The same for all layers: k (layers, n, kv_heads, key_dim), v (layers, n, kv_heads, value_dim)."""
-        self._follow(k)
-        self._core.append_all(given(k), given(v))
+        if progress is not None:
+            for begin, end in self._pieces(0, int(k.shape[1]), progress):
+                self.append_all(k[:, begin:end], v[:, begin:end])
+            return
+        stream = self._follow(k)
+        self._core.append_all(given(k, stream), given(v, stream))
 
     def attend(self, layer: int, q: Any, out: Any = None, *, lse: Any = None) -> Any:
         """Attention of q (n, query_heads, key_dim) over all that the layer holds, without a mask among the n.
@@ -119,22 +134,29 @@ class Cache:
         of the weighted sum of exponentials, by which results over parts of a sequence can be merged.
         """
         out = self._out(q, out)
-        self._follow(q)
-        self._core.attend(layer, given(q), given(out), None if lse is None else given(lse))
+        stream = self._follow(q)
+        self._core.attend(layer, given(q, stream), given(out, stream), None if lse is None else given(lse, stream))
         return out
 
-    def prefill(self, layer: int, q: Any, k: Any, v: Any, out: Any = None, *, lse: Any = None, workspace: Any = None) -> Any:
+    def prefill(self, layer: int, q: Any, k: Any, v: Any, out: Any = None, *, lse: Any = None, workspace: Any = None,
+                progress: Progress | None = None) -> Any:
         """Causal attention of n new tokens over the layer and themselves, and their append; shapes as in attend and append.
 
-        On a GPU `workspace` is scratch of at least workspace_size(n) bytes (uint8), new if it is not given.
+        On a GPU `workspace` is scratch of at least workspace_size(n) bytes (uint8), new if it is not given. progress as in append; the
+        results do not depend on it.
         """
         out = self._out(q, out)
-        self._follow(q)
         if workspace is None:
             size = self.workspace_size(int(q.shape[0]))
             workspace = empty(q, (size,), "uint8") if size > 0 else None
-        self._core.prefill(layer, given(q), given(k), given(v), given(out), None if lse is None else given(lse),
-                           None if workspace is None else given(workspace))
+        if progress is not None:
+            for begin, end in self._pieces(layer, int(q.shape[0]), progress):
+                self.prefill(layer, q[begin:end], k[begin:end], v[begin:end], out[begin:end], workspace=workspace,
+                             lse=None if lse is None else lse[begin:end])
+            return out
+        stream = self._follow(q)
+        self._core.prefill(layer, given(q, stream), given(k, stream), given(v, stream), given(out, stream),
+                           None if lse is None else given(lse, stream), None if workspace is None else given(workspace, stream))
         return out
 
     def workspace_size(self, n: int) -> int:
@@ -164,8 +186,8 @@ class Cache:
         count = self.entries(layer, kv_head)
         k, v = empty(like, (count, self._key_dim)), empty(like, (count, self._value_dim))
         log_weight, position = empty(like, (count,), "float32"), empty(like, (count,), "int64")
-        self._follow(k)
-        self._core.export(layer, kv_head, given(k), given(v), given(log_weight), given(position))
+        stream = self._follow(k)
+        self._core.export(layer, kv_head, given(k, stream), given(v, stream), given(log_weight, stream), given(position, stream))
         return k, v, log_weight, position
 
     def stats(self, layer: int = ALL_LAYERS) -> dict[str, Any]:
@@ -195,33 +217,68 @@ class Cache:
     # ---- CUDA ----
 
     def set_stream(self, stream: int) -> None:
-        """The stream of later calls. With PyTorch's tensors its current stream is taken without being asked for."""
+        """The stream of later calls, by its address (0: the default one), ordered by the caller after earlier work of this cache.
+
+        With PyTorch's and CuPy's arrays their current stream is taken without being asked for.
+        """
         self._core.set_stream(stream)
         self._stream = stream
 
     def step_prepare(self, n: int) -> None:
-        """Plans the coming n tokens of all layers for a captured graph."""
+        """Plans the coming n tokens of all layers for replays of a captured graph, in the cache's stream.
+
+        Capture within torch.cuda.graph(...): for every layer in order append(_batch) of one token and attend(_batch), on tensors that stay.
+        That leaves the cache in the stream of the capture, so set_stream(torch.cuda.current_stream().cuda_stream) comes next; then
+        prepare n, replay n times, and again. docs/cuda.md has the rest; express_kv.transformers.decode_graph does it for a model.
+        """
         self._core.step_prepare(n)
 
     def step_cancel(self) -> None:
-        """Takes prepared steps back that were not replayed; the stream has been synchronised."""
+        """Takes prepared steps back that were not replayed. Synchronise the stream before."""
         self._core.step_cancel()
 
-    def _follow(self, x: Any) -> None:
-        if self._cuda:
-            stream = current_stream(x)
-            if stream is not None and stream != self._stream:
-                self.set_stream(stream)
+    def _follow(self, x: Any) -> int | None:
+        """The stream that the call is going to work in, that of x's library if it has one; None on the CPU."""
+        if not self._cuda:
+            return None
+        stream = current_stream(x)
+        if stream is not None and stream != self._stream:
+            self.set_stream(stream)
+        return self._stream
+
+    def _pieces(self, layer: int, n: int, progress: Progress) -> Iterator[tuple[int, int]]:
+        """n tokens in pieces that end at absolute multiples of prefill_block, told to `progress` as each is done."""
+        block = int(self._options.get("prefill_block", 0)) or PREFILL_BLOCK
+        piece = block * max(1, PIECE // block)
+        begin, offset = 0, int(self.stats(layer)["tokens"]) % block
+        while True:
+            end = min(n, begin + piece - (offset if begin == 0 else 0))
+            yield begin, end
+            progress(end, n)
+            begin = end
+            if begin >= n:
+                return
 
     def _out(self, q: Any, out: Any) -> Any:
         return empty(q, (q.shape[0], self._query_heads, self._value_dim)) if out is None else out
 
 
+def _follow_all(caches: Sequence[Cache], x: Any) -> int | None:
+    if not caches or not caches[0]._cuda:
+        return None
+    stream = current_stream(x)
+    if stream is None:
+        return caches[0]._stream
+    for cache in caches:
+        if cache._stream != stream:
+            cache.set_stream(stream)
+    return stream
+
+
 def append_batch(caches: Sequence[Cache], layer: int, k: Any, v: Any) -> None:
     """append of one token in each of the caches (distinct, alike but for budgets and seeds): k (count, kv_heads, key_dim)."""
-    for cache in caches:
-        cache._follow(k)
-    _core.append_batch([cache._core for cache in caches], layer, given(k), given(v))
+    stream = _follow_all(caches, k)
+    _core.append_batch([cache._core for cache in caches], layer, given(k, stream), given(v, stream))
 
 
 def attend_batch(caches: Sequence[Cache], layer: int, q: Any, out: Any = None, *, lse: Any = None) -> Any:
@@ -229,10 +286,18 @@ def attend_batch(caches: Sequence[Cache], layer: int, q: Any, out: Any = None, *
     if not caches:
         raise ValueError("caches: expected at least one")
     out = caches[0]._out(q, out)
-    for cache in caches:
-        cache._follow(q)
-    _core.attend_batch([cache._core for cache in caches], layer, given(q), given(out), None if lse is None else given(lse))
+    stream = _follow_all(caches, q)
+    _core.attend_batch([cache._core for cache in caches], layer, given(q, stream), given(out, stream),
+                       None if lse is None else given(lse, stream))
     return out
+
+
+def step_batch(caches: Sequence[Cache], layer: int, q: Any, k: Any, v: Any, out: Any) -> None:
+    """append_batch and attend_batch, with what they share done once."""
+    stream = _follow_all(caches, k)
+    cores = [cache._core for cache in caches]
+    _core.append_batch(cores, layer, given(k, stream), given(v, stream))
+    _core.attend_batch(cores, layer, given(q, stream), given(out, stream), None)
 
 
 def size(**options: Any) -> tuple[int, int]:
@@ -248,15 +313,15 @@ def compress_kv(k: Any, v: Any, **options: Any) -> tuple[Any, Any, Any, Any]:
     """
     heads, key_dim, value_dim = int(k.shape[1]), int(k.shape[2]), int(v.shape[2])
     fields = _fields({"query_heads": heads, "kv_heads": heads, "key_dim": key_dim, "value_dim": value_dim, **options})
+    stream = None
+    if fields["device_type"] == 2:
+        current = current_stream(k)
+        stream = fields.setdefault("stream", 0 if current is None else current)
     budget = int(fields.get("budget", 1024))
     out_k, out_v = empty(k, (heads, budget, key_dim)), empty(v, (heads, budget, value_dim))
     log_weight, position = empty(k, (heads, budget), "float32"), empty(k, (heads, budget), "int64")
     scratch = empty(k, (_core.compress_kv_workspace(fields) + 256,), "uint8")
-    start = -_address(scratch) % 256
-    count = _core.compress_kv(fields, given(k), given(v), given(out_k), given(out_v), given(log_weight), given(position),
-                              given(scratch[start:]))
+    start = -address(scratch) % 256
+    arrays = (k, v, out_k, out_v, log_weight, position, scratch[start:])
+    count = _core.compress_kv(fields, *(given(x, stream) for x in arrays))
     return out_k[:, :count], out_v[:, :count], log_weight[:, :count], position[:, :count]
-
-
-def _address(x: Any) -> int:
-    return int(x.data_ptr()) if hasattr(x, "data_ptr") else int(x.ctypes.data)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Sequence
 
-from ._arrays import is_torch
+from ._arrays import library
 
 
 def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
@@ -22,7 +22,7 @@ def merge(outs: Sequence[Any], lses: Sequence[Any]) -> tuple[Any, Any]:
         if tuple(out.shape) != tuple(outs[0].shape) or tuple(lse.shape) != tuple(outs[0].shape)[:-1]:
             raise ValueError(f"outs, lses: expected shapes {tuple(outs[0].shape)} and {tuple(outs[0].shape)[:-1]}, "
                              f"got {tuple(out.shape)} and {tuple(lse.shape)}")
-    if is_torch(outs[0]):
+    if library(outs[0]) == "torch":
         return _merge_torch(outs, lses)
     import numpy
 

@@ -15,9 +15,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ._attention import express_attention, express_mask
 from ._cache import ExpressCache, ExpressLayer
+from ._graph import decode_graph
 
 NAME = "express"
 AttentionInterface.register(NAME, express_attention)
 AttentionMaskInterface.register(NAME, express_mask)
 
-__all__ = ["NAME", "ExpressCache", "ExpressLayer", "express_attention", "express_mask"]
+__all__ = ["NAME", "ExpressCache", "ExpressLayer", "decode_graph", "express_attention", "express_mask"]

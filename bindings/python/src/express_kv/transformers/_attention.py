@@ -51,6 +51,8 @@ def express_attention(module: Any, query: Any, key: Any, value: Any, attention_m
     if sequences.pending != (layer.index, key.shape[2]):
         raise NotImplementedError("express: these keys have been attended to already; layers that share keys and values are not supported")
     sequences.pending = None
+    if layer.index == 0 and getattr(getattr(module, "config", None), "output_attentions", False):  # slow to look up, the same in all layers
+        kwargs["output_attentions"] = True
     _refuse(module, query, attention_mask, dropout, is_causal, kwargs)
     scale = float(scaling) if scaling is not None else float(query.shape[3]) ** -0.5
     return sequences.attend(layer.index, module, query, key, value, attention_mask, scale), None
@@ -62,7 +64,7 @@ def _refuse(module: Any, query: Any, mask: Any, dropout: float, is_causal: bool 
         raise NotImplementedError("express: no gradients; run under torch.no_grad() or torch.inference_mode()")
     if dropout:
         raise NotImplementedError("express: no attention dropout; call model.eval()")
-    if kwargs.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+    if kwargs.get("output_attentions"):
         raise NotImplementedError("express: output_attentions is not supported, there are no attention probabilities of single tokens")
     if kwargs.get("softcap") is not None:
         raise NotImplementedError("express: attention logits cannot be soft-capped (attn_logit_softcapping of Gemma 2)")

@@ -49,6 +49,7 @@ class ExpressLayer(cache_utils.CacheLayerMixin):
 
     def get_stored_length(self) -> int:
         """Entries held, the most of any sequence and KV head: never more than the budget."""
+        self.sequences.settle()
         heads = range(self.sequences.fields.get("kv_heads", 0))
         return max((cache.entries(self.index, h) for cache in self.sequences.caches for h in heads), default=0)
 
@@ -110,6 +111,7 @@ class ExpressCache(cache_utils.Cache):
     @property
     def sequences(self) -> list[Cache]:
         """The express_kv.Cache of each sequence; empty before the first forward pass. Its layers are the full-attention ones."""
+        self._sequences.settle()
         return list(self._sequences.caches)
 
     @property

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import contextlib
+from typing import Any, Iterator, NamedTuple
 
 import torch
 
-from .._cache import Cache, append_batch, attend_batch
+from .._cache import Cache, step_batch
+from .._errors import Error, Status
 from ._parallel import first_kv_head, of_rank
 
 DERIVED = {"layers", "query_heads", "kv_heads", "key_dim", "value_dim", "scale", "device", "stream"}
@@ -40,6 +42,9 @@ class Sequences:
         self._asked: tuple[str, Any, set[int]] = ("", None, set())
         self._rows: tuple[Any, list[Rows]] | None = None
         self._workspace: Any = None
+        self._checked: Any = None  # what _check last found good
+        self._ahead: int | None = None  # steps planned for replays of a graph that are yet to come; None: none was replayed
+        self._recording = False  # a graph is
 
     # ---- a forward pass ----
 
@@ -64,16 +69,17 @@ class Sequences:
         returns (batch, n, query_heads, value_dim), zero where padding is
         """
         batch, heads, n = query.shape[:3]
-        rows = [Rows(slice(0, n), n, n)] * batch if mask is None else self._rows_of(mask)
+        if not self._recording:
+            self.settle()
         if not self.caches:
             self._create(module, query, key, value, scale)
         self._check(query, key, value, scale)
         out = query.new_empty((batch, n, heads, value.shape[3]))
         self.failed = True  # until all is done
         if n == 1 and mask is None:
-            append_batch(self.caches, layer, key[:, :, 0], value[:, :, 0])
-            attend_batch(self.caches, layer, query[:, :, 0], out[:, 0])
+            step_batch(self.caches, layer, query.select(2, 0), key.select(2, 0), value.select(2, 0), out.select(1, 0))
         else:
+            rows = self._rows_of(mask) if mask is not None else [Rows(slice(0, n), n, n)] * batch
             for i, cache in enumerate(self.caches):
                 at = rows[i].at
                 q, k, v = (x[i].transpose(0, 1)[at] for x in (query, key, value))  # (tokens, heads, dim)
@@ -85,8 +91,9 @@ class Sequences:
                     out[i, at] = self._one(cache, layer, q, k, v, torch.empty_like(out[i, at]))
         self.seen[layer] += n
         if layer == self.layers - 1:
+            runs = [row.solid for row in self._rows_of(mask)] if mask is not None else [n] * batch
+            self.solid = [run if run < n else solid + n for run, solid in zip(runs, self.solid)]
             self._workspace = self._rows = None
-            self.solid = [row.solid if row.solid < n else solid + n for row, solid in zip(rows, self.solid)]
         self.failed = False
         return out
 
@@ -134,6 +141,9 @@ class Sequences:
         return [Cache(**self.fields, **stream) for _ in range(count)]
 
     def _check(self, query: Any, key: Any, value: Any, scale: float) -> None:
+        sizes = (query.shape, key.shape, value.shape, key.device, scale)
+        if sizes == self._checked:
+            return
         f = self.fields
         if query.shape[0] != len(self.caches):
             raise ValueError(f"ExpressCache: it holds {len(self.caches)} sequences, the batch has {query.shape[0]}; call reset() for another")
@@ -145,6 +155,55 @@ class Sequences:
         if given != made:
             raise NotImplementedError("ExpressCache: full-attention layers must be alike; (query heads, KV heads, key dim, value dim, "
                                       f"scaling) are {made} in the first one, {given} in this one")
+        self._checked = sizes
+
+    # ---- graphs ----
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[None]:
+        """A forward pass within it is captured in a graph: the caches do not change, nor does anything here."""
+        self.settle()
+        before = self.seen, self.solid, self.failed
+        self.seen, self._recording = list(self.seen), True
+        try:
+            yield
+        finally:
+            self.seen, self.solid, self.failed = before
+            self.pending = self._rows = self._workspace = None
+            self._recording = False
+
+    def replay(self, graph: Any, ahead: int) -> None:
+        """One token for every sequence, by the graph; plans for `ahead` of them are made at a time."""
+        if not self._ahead:
+            self._prepare(ahead)
+        graph.replay()
+        assert self._ahead is not None
+        self._ahead -= 1
+        self.seen = [n + 1 for n in self.seen]
+        self.solid = [n + 1 for n in self.solid]
+
+    def _prepare(self, steps: int) -> None:
+        device = torch.device(self.fields["device"])
+        stream = int(torch.cuda.current_stream(device).cuda_stream)  # the replay's
+        for cache in self.caches:
+            cache.set_stream(stream)
+            try:
+                cache.step_prepare(steps)
+            except Error as error:
+                if error.status != Status.RING_FULL:
+                    raise
+                torch.cuda.current_stream(device).synchronize()
+                cache.step_prepare(steps)
+        self._ahead = steps
+
+    def settle(self) -> None:
+        """After replays: waits for them, and takes the plans of those that will not come back."""
+        if self._ahead is None:
+            return
+        unused, self._ahead = self._ahead, None
+        torch.cuda.synchronize(torch.device(self.fields["device"]))
+        for cache in self.caches if unused else ():
+            cache.step_cancel()
 
     # ---- all layers at once ----
 
@@ -161,11 +220,12 @@ class Sequences:
 
     def reset(self, _: None = None) -> None:
         """Forgets everything; the next batch may have another size."""
+        self.settle()
         for cache in self.caches:
             cache.close()
         self.caches, self.fields, self.solid = [], {}, []
         self.seen = [0] * self.layers
-        self.pending, self.failed, self._rows, self._workspace = None, False, None, None
+        self.pending, self.failed, self._rows, self._workspace, self._checked = None, False, None, None, None
         self._asked = ("", None, set())
 
     def check_crop(self, tokens_to_remove: int) -> None:
@@ -175,6 +235,7 @@ class Sequences:
         remove = -tokens_to_remove
         if remove == 0 or not self.caches:
             return
+        self.settle()
         if remove > min(self.solid):
             raise ValueError(f"crop: cannot remove {remove} positions, some sequence has padding among them")
         available = min(cache.rollback_available() for cache in self.caches)
@@ -195,6 +256,7 @@ class Sequences:
         """Sequence i becomes what sequence indices[i] is. Caches are copied only where one sequence goes on as several."""
         if not self.caches:
             return
+        self.settle()
         chosen = [int(i) for i in indices]
         if bad := [i for i in chosen if not 0 <= i < len(self.caches)]:
             raise IndexError(f"sequences: expected indices in 0 .. {len(self.caches) - 1}, got {bad[0]}")
@@ -211,7 +273,7 @@ class Sequences:
             result.append(cache)
         for cache in spare:
             cache.close()
-        self.caches, self.solid = result, [self.solid[i] for i in chosen]
+        self.caches, self.solid, self._checked = result, [self.solid[i] for i in chosen], None
 
     def reorder(self, beam_idx: Any) -> None:
         self.take(beam_idx.tolist())
@@ -224,6 +286,7 @@ class Sequences:
         self.take((indices.nonzero().flatten() if flags else indices).tolist())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Sequences:
+        self.settle()
         new = Sequences(self.layers, self.kv_heads, self.options)
         memo[id(self)] = new
         new.fields, new.seen, new.solid = dict(self.fields), list(self.seen), list(self.solid)
