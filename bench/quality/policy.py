@@ -180,6 +180,7 @@ class SlabPolicy(Policy):
 
     A subclass gives score(); observe() sees the probabilities of a block before anything is dropped.
     budgets: entries per (layer, KV head) as a list of lists; default: the same for all
+    sinks, window: the first tokens and the last ones, which keep() keeps; window_share: the window as a share of a head's budget
     """
 
     extras = ()        # names of numbers that travel with an entry
@@ -187,10 +188,10 @@ class SlabPolicy(Policy):
     head_bytes = 0     # and per KV head
     ordered = False    # whether entries stay in the order of their tokens (dearer)
 
-    def __init__(self, spec, sequences, budget, seed=0, device="cpu", budgets=None, sinks=4, window=64):
+    def __init__(self, spec, sequences, budget, seed=0, device="cpu", budgets=None, sinks=0, window=0, window_share=0.0):
         super().__init__(spec, sequences, budget, seed, device)
         self.budgets = budgets or [[budget] * spec.kv_heads for _ in range(spec.layers)]
-        self.sinks, self.window = sinks, window
+        self.sinks, self.window, self.window_share = sinks, window, window_share
         self.slabs = []  # of each layer: list of (KV heads, slab): heads of equal budget share a slab
         for row in self.budgets:
             groups = [[h for h in range(spec.kv_heads) if row[h] == size] for size in sorted(set(row))]
@@ -222,10 +223,12 @@ class SlabPolicy(Policy):
         """(S, H, total): entries with the lowest are dropped. `end`: tokens seen, with this block."""
         raise NotImplementedError
 
-    def keep(self, score, slab, end, window=None):
-        """The score, with sinks and the last `window` tokens above all others."""
-        window = self.window if window is None else window
-        kept = slab.pos >= end - window
+    def window_of(self, slab):
+        return max(self.window, int(self.window_share * slab.capacity))
+
+    def keep(self, score, slab, end):
+        """The score, with sinks and window above all others."""
+        kept = slab.pos >= end - self.window_of(slab)
         if self.sinks:
             kept |= slab.pos < self.sinks
         return score.masked_fill(kept, torch.inf)

@@ -16,7 +16,13 @@ class Exact(Policy):
             self.held[layer] = tuple(torch.cat((x, x.new_empty(*x.shape[:2], max(2048, x.shape[2]), x.shape[3])), 2) for x in self.held[layer])
         keys, values = self.held[layer]
         keys[:, :, begin:end], values[:, :, begin:end] = k, v
-        return attention(q, keys[:, :, :end], values[:, :, :end], self.spec.scale)[0]
+        if q is not None:
+            return attention(q, keys[:, :, :end], values[:, :, :end], self.spec.scale)[0]
+
+    def ingest(self, layer, k, v):
+        """Holds further tokens without attention; not more than what is held, or 2048."""
+        self.extend_block(layer, None, k, v)
+        self.seen[layer] += k.shape[2]
 
     def bytes(self):
         return self.spec.kv_heads * self.spec.entry_bytes * sum(self.seen)

@@ -7,5 +7,8 @@ from policy import SlabPolicy
 
 
 class Window(SlabPolicy):
+    def __init__(self, *args, sinks=4, **options):
+        super().__init__(*args, sinks=sinks, **options)
+
     def score(self, layer, heads, slab, end):
-        return self.keep(slab.pos.float(), slab, end, window=0)
+        return self.keep(slab.pos.float(), slab, end)

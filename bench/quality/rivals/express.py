@@ -1,0 +1,44 @@
+"""Express itself, through the Python package of the library (bindings/python)."""
+import torch
+
+import budgets as division
+from policy import BLOCK, Policy
+
+
+class Express(Policy):
+    """One library cache per sequence, in blocks of BLOCK tokens (prefill_block); further options are fields of its config.
+
+    What is kept is rounded to bfloat16 before it comes here; float16 (GPU) and float32 (CPU) hold that exactly. `bytes` are those of a cache of 16-bit entries.
+    """
+
+    def __init__(self, spec, sequences, budget, seed=0, device="cpu", profile=False, power=2.0, pyramid=False, **options):
+        super().__init__(spec, sequences, budget, seed, device)
+        import express_kv
+        fields = dict(layers=spec.layers, query_heads=spec.q_heads, kv_heads=spec.kv_heads, key_dim=spec.dim, scale=spec.scale, budget=budget,
+                      prefill_block=BLOCK, device=str(device), **options)
+        if profile:
+            fields["head_share"] = [mass ** power for row in division.far_mass() for mass in row]
+        if pyramid:
+            automatic = options.get("sinks", 4), -1, -1
+            fields["head_settings"] = [(n, *automatic) for row in division.pyramid(spec, budget) for n in row]
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        self.caches = [express_kv.Cache(**fields, dtype=str(self.dtype), seed=seed * 1000 + i) for i in range(sequences)]
+        with express_kv.Cache(**fields, dtype="bfloat16") as cache:
+            self.size = int(cache.nbytes)
+
+    def extend(self, layer, q, k, v):
+        q, k, v = (x.transpose(1, 2).to(self.dtype).contiguous() for x in (q, k, v))  # (S, n, heads, d)
+        out = torch.empty_like(q)
+        workspace = None
+        for i, cache in enumerate(self.caches):
+            if workspace is None and self.device.type == "cuda":
+                workspace = torch.empty(cache.workspace_size(q.shape[1]), dtype=torch.uint8, device=q.device)
+            cache.prefill(layer, q[i], k[i], v[i], out[i], workspace=workspace)
+        self.seen[layer] += q.shape[1]
+        return out.transpose(1, 2).float()
+
+    def bytes(self):
+        return self.size
+
+    def entries(self):
+        return [[self.caches[0].entries(layer, head) for head in range(self.spec.kv_heads)] for layer in range(self.spec.layers)]
