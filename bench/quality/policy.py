@@ -192,19 +192,22 @@ class SlabPolicy(Policy):
         super().__init__(spec, sequences, budget, seed, device)
         self.budgets = budgets or [[budget] * spec.kv_heads for _ in range(spec.layers)]
         self.sinks, self.window, self.window_share = sinks, window, window_share
-        self.slabs = []  # of each layer: list of (KV heads, slab): heads of equal budget share a slab
+        # Of each layer: list of (KV heads, slab): heads of equal budget share a slab. slab.index, slab.q_index: its KV heads and query heads.
+        self.slabs = []
         for row in self.budgets:
             groups = [[h for h in range(spec.kv_heads) if row[h] == size] for size in sorted(set(row))]
             self.slabs.append([(heads, Slab(sequences, len(heads), row[heads[0]], spec.dim, device, self.extras)) for heads in groups])
+            for heads, slab in self.slabs[-1]:
+                slab.index = torch.tensor(heads, device=device)
+                slab.q_index = torch.tensor([h * spec.group + i for h in heads for i in range(spec.group)], device=device)
 
     def extend_block(self, layer, q, k, v):
         slabs = self.slabs[layer]
         if len(slabs) == 1:
             return self.extend_slab(layer, *slabs[0], q, k, v)
-        out, group = torch.empty_like(q), self.spec.group
+        out = torch.empty_like(q)
         for heads, slab in slabs:
-            q_heads = [h * group + i for h in heads for i in range(group)]
-            out[:, q_heads] = self.extend_slab(layer, heads, slab, q[:, q_heads], k[:, heads], v[:, heads])
+            out[:, slab.q_index] = self.extend_slab(layer, heads, slab, q[:, slab.q_index], k[:, slab.index], v[:, slab.index])
         return out
 
     def extend_slab(self, layer, heads, slab, q, k, v):

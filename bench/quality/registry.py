@@ -46,6 +46,7 @@ POLICIES = {
     "snapkv, prompt": (SnapKVPrompt, {}, False),
     "express": (Express, {}, True),
     "express, profile": (Express, {"profile": True}, True),
+    "express, profile, equal bytes": (Express, {"profile": True, "equal_bytes": True}, True),
     "express, pyramid": (Express, {"pyramid": True}, True),
 }
 UNBOUNDED = {"exact", "exact, 8 bits", "exact, 4 bits"}  # the budget means nothing

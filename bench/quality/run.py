@@ -101,7 +101,7 @@ class Runner:
         self.rows = read(options.out)
         self.done = {key(row) for row in self.rows}
         self.file = open(options.out, "a")
-        self.out_of_time = False
+        self.out_of_time, self.failures = False, []
 
     def label(self, case, name, budget, seed):
         return {"set": self.options.set, "case": case.name, "protocol": self.options.protocol, "policy": name, "budget": budget, "seed": seed,
@@ -149,8 +149,9 @@ class Runner:
         try:
             policy = self.policy(name, len(cases), budget, seed, length)
             rows, _ = measure.run(self.model, policy, cases, self.device, reference, errors=self.options.errors, begin=begin)
-        except (ValueError, ImportError) as error:  # a budget too small for the policy, no library
-            return f"left out: {error}"
+        except Exception as error:  # a budget too small for the policy, no library: the other settings still run
+            self.failures.append(f"{name}, {budget} entries: {type(error).__name__}: {error}")
+            return f"failed: {error}"
         del policy
         self.write(labels, rows, cases)
         self.done.update(map(key, labels))
@@ -209,6 +210,7 @@ def main():
     options = arguments()
     torch.backends.cuda.matmul.allow_tf32 = True
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
+    failed = False
     if options.activations:
         import recorded
         rows = recorded.run(options)
@@ -217,9 +219,13 @@ def main():
         rows = runner.run()
         if runner.out_of_time:
             print("run.py: out of time; run it again to go on", file=sys.stderr)
+        for failure in runner.failures:
+            print("run.py: failed: " + failure, file=sys.stderr)
+        failed = bool(runner.failures)
     if options.csv:
         write_csv(options.csv, rows)
+    return failed
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -40,7 +40,7 @@ def chosen(signs):
     at = torch.arange(m, device=signs.device)
     more = signs.gather(-1, reached)  # the sign that has
     weight = torch.where(at > reached, 1.0, torch.where(signs == more, 0.0, 2.0))
-    places = (weight == 0).long().sort(-1, stable=True).indices[..., :m // 2]
+    places = (weight == 0).long().sort(dim=-1, stable=True).indices[..., :m // 2]
     return places, weight.gather(-1, places)
 
 

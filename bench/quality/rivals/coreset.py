@@ -18,9 +18,11 @@ class Coreset(SlabPolicy):
         super().__init__(*args, sinks=sinks, window_share=window_share, **options)
         self.alpha = alpha
 
+    def observe(self, layer, heads, slab, q, p, end):
+        new = slab.number[:, :, slab.total - q.shape[2]:]
+        new.copy_(torch.rand(new.shape, generator=self.random, device=self.device))
+
     def score(self, layer, heads, slab, end):
-        new = slab.pos >= end - (end - 1) % 64 - 1  # the block that has just come
-        slab.number.copy_(torch.where(new, torch.rand(slab.number.shape, generator=self.random, device=self.device), slab.number))
         return self.keep(slab.number, slab, end)
 
     def extend_slab(self, layer, heads, slab, q, k, v):

@@ -34,16 +34,14 @@ class ExpectedAttention(SlabPolicy):
         cos, sin = angle.cos().float(), angle.sin().float()
         a, b = q.chunk(2, -1)
         plain = torch.cat((a * cos + b * sin, b * cos - a * sin), -1)[:, :, max(0, self.sinks - begin):]
-        q_heads = [h * self.spec.group + i for h in heads for i in range(self.spec.group)]
-        self.sum[layer][:, q_heads] += plain.sum(2)
-        self.square[layer][:, q_heads] += plain.transpose(2, 3) @ plain
+        self.sum[layer].index_add_(1, slab.q_index, plain.sum(2))
+        self.square[layer].index_add_(1, slab.q_index, plain.transpose(2, 3) @ plain)
 
     def score(self, layer, heads, slab, end):
         (S, H, N, d), G, scale = slab.k.shape, self.spec.group, self.spec.scale
-        q_heads = [h * G + i for h in heads for i in range(G)]
         count = end - self.sinks
-        mean = self.sum[layer][:, q_heads] / count
-        covariance = self.square[layer][:, q_heads] / count - mean[..., :, None] * mean[..., None, :]
+        mean = self.sum[layer][:, slab.q_index] / count
+        covariance = self.square[layer][:, slab.q_index] / count - mean[..., :, None] * mean[..., None, :]
         angle = torch.outer(torch.arange(end, end + FUTURE, dtype=torch.float64, device=slab.k.device), self.frequency)
         R = rotation(angle.cos().mean(0).float(), angle.sin().mean(0).float())
         mean, covariance = (mean @ R.T).view(S, H, G, d), (R @ covariance @ R.T).view(S, H, G, d, d)

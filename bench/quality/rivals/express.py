@@ -11,7 +11,7 @@ class Express(Policy):
     What is kept is rounded to bfloat16 before it comes here; float16 (GPU) and float32 (CPU) hold that exactly. `bytes` are those of a cache of 16-bit entries.
     """
 
-    def __init__(self, spec, sequences, budget, seed=0, device="cpu", profile=False, power=2.0, pyramid=False, **options):
+    def __init__(self, spec, sequences, budget, seed=0, device="cpu", profile=False, power=2.0, pyramid=False, equal_bytes=False, **options):
         super().__init__(spec, sequences, budget, seed, device)
         import express_kv
         fields = dict(layers=spec.layers, query_heads=spec.q_heads, kv_heads=spec.kv_heads, key_dim=spec.dim, scale=spec.scale, budget=budget,
@@ -21,6 +21,13 @@ class Express(Policy):
         if pyramid:
             automatic = options.get("sinks", 4), -1, -1
             fields["head_settings"] = [(n, *automatic) for row in division.pyramid(spec, budget) for n in row]
+        if equal_bytes:  # as many entries as the bytes of `budget` plain ones hold of all that the library allocates
+            room, low, high = budget * spec.entry_bytes * spec.layers * spec.kv_heads, 16, budget
+            while low < high:
+                middle = (low + high + 1) // 2
+                fits = express_kv.size(**{**fields, "budget": middle}, dtype="bfloat16")[0] <= room
+                low, high = (middle, high) if fits else (low, middle - 1)
+            fields["budget"] = low
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.caches = [express_kv.Cache(**fields, dtype=str(self.dtype), seed=seed * 1000 + i) for i in range(sequences)]
         with express_kv.Cache(**fields, dtype="bfloat16") as cache:

@@ -12,6 +12,7 @@ from policy import Policy, SlabPolicy, attention
 from rivals.exact import Exact
 
 OBSERVED, NEIGHBOURS = 32, 7
+TIES = 1e-3  # neighbours under the same maximum are told apart by their own mass
 
 
 def votes(p, observed=OBSERVED, neighbours=NEIGHBOURS):
@@ -20,7 +21,7 @@ def votes(p, observed=OBSERVED, neighbours=NEIGHBOURS):
     observed = min(observed, n)
     mass = p[:, :, :, n - observed:, :N - observed].sum(3)  # (S, H, G, N - observed)
     pooled = torch.nn.functional.max_pool1d(mass.flatten(0, 1), neighbours, 1, neighbours // 2)
-    return pooled.view(S, H, G, -1).mean(2)
+    return (pooled.view(S, H, G, -1) + TIES * mass).mean(2)
 
 
 class SnapKV(SlabPolicy):
