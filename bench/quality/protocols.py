@@ -3,6 +3,8 @@
 stream    from the first token to the last: decoding under a hard budget
 prefill   on all but the last quarter; that quarter is decoded exactly, over the keys and values of all tokens (which the approximate prefill has made)
 """
+import torch
+
 from policy import BLOCK, Policy
 from rivals.exact import Exact
 
@@ -17,8 +19,10 @@ class PrefillThenExact(Policy):
         self.inner, self.prompt, self.exact = inner, prompt, Exact(inner.spec, inner.sequences, 0, 0, inner.device)
 
     def extend(self, layer, q, k, v):
-        assert self.seen[layer] + q.shape[2] <= self.prompt or self.seen[layer] >= self.prompt
-        if self.seen[layer] < self.prompt:
+        left = self.prompt - self.seen[layer]
+        if 0 < left < q.shape[2]:  # both in this chunk
+            return torch.cat([self.extend(layer, *(x[:, :, part] for x in (q, k, v))) for part in (slice(left), slice(left, None))], 2)
+        if left > 0:
             out = self.inner.extend(layer, q, k, v)
             self.exact.ingest(layer, k, v)
         else:

@@ -8,7 +8,7 @@ from rivals.balance import BalanceKV
 from rivals.coreset import Coreset
 from rivals.exact import Exact
 from rivals.expected import ExpectedAttention
-from rivals.express import Express
+from rivals.express import Express, ExpressPrompt
 from rivals.h2o import H2O
 from rivals.keydiff import KeyDiff
 from rivals.knorm import Knorm
@@ -47,6 +47,7 @@ POLICIES = {
     "express": (Express, {}, True),
     "express, profile": (Express, {"profile": True}, True),
     "express, profile, equal bytes": (Express, {"profile": True, "equal_bytes": True}, True),
+    "express, prompt": (ExpressPrompt, {}, False),
     "express, pyramid": (Express, {"pyramid": True}, True),
 }
 UNBOUNDED = {"exact", "exact, 8 bits", "exact, 4 bits"}  # the budget means nothing

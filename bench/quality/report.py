@@ -142,14 +142,14 @@ def bottleneck_table(results, length, budget, default, window="window"):
                                     ("compute-constrained decoding: the same at a quarter of the budget", "stream", None)):
         at = budget // 4 if use.startswith("compute") else budget
         own = [p for p in results.policies if (p.endswith(", prompt") if policies else not p.endswith(", prompt")) and 0 not in results.budgets_of(p)]
-        mine = (default + ", prompt" if policies else default)
+        mine = "express, prompt" if policies else default
         figure = lambda p: (results.excess(p, at, length, "recall", "bits_second_half", protocol), results.recall(p, at, length, "recall", protocol))
         others = [p for p in own if p != mine and not p.startswith("express") and figure(p)[0]]
         if not figure(mine)[0] or not others:
             continue
         best = min(others, key=lambda p: mean_error(figure(p)[0])[0])
         text = lambda p: "{} bits, {} %".format(*(show(x, d, s) for x, d, s in zip(figure(p), (4, 1), (1, 100)))) if figure(p)[0] else "–"
-        rows.append([use, str(at), text(mine), text(window + ", prompt" if policies else window), f"{best}: {text(best)}"])
+        rows.append([use, str(at), text(mine), text(window), f"{best}: {text(best)}"])
     return table(["use", "entries", default, window, "best other (bits)"], rows) if rows else []
 
 

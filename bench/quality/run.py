@@ -115,7 +115,7 @@ class Runner:
         self.file.flush()
 
     def policy(self, name, count, budget, seed, length):
-        more = {"prompt": protocols.prompt_length(length)} if name == "snapkv, prompt" else {}
+        more = {"prompt": protocols.prompt_length(length)} if name.endswith(", prompt") else {}
         policy = registry.make(name, self.model.spec, count, budget, seed, self.device, **more)
         if self.options.protocol == "prefill":
             policy = protocols.PrefillThenExact(policy, protocols.prompt_length(length))
@@ -210,21 +210,20 @@ def main():
     options = arguments()
     torch.backends.cuda.matmul.allow_tf32 = True
     os.makedirs(os.path.dirname(os.path.abspath(options.out)), exist_ok=True)
-    failed = False
     if options.activations:
         import recorded
-        rows = recorded.run(options)
+        rows, failures = recorded.run(options)
     else:
         runner = Runner(options)
         rows = runner.run()
         if runner.out_of_time:
             print("run.py: out of time; run it again to go on", file=sys.stderr)
-        for failure in runner.failures:
-            print("run.py: failed: " + failure, file=sys.stderr)
-        failed = bool(runner.failures)
+        failures = runner.failures
+    for failure in failures:
+        print("run.py: failed: " + failure, file=sys.stderr)
     if options.csv:
         write_csv(options.csv, rows)
-    return failed
+    return bool(failures)
 
 
 if __name__ == "__main__":

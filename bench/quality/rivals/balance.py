@@ -50,8 +50,8 @@ class BalanceKV(Policy):
         self.sinks, self.weighted, self.gamma = sinks, weighted, gamma
         self.window = int(window_share * budget) // BLOCK * BLOCK
         self.room = budget - sinks - self.window
-        if self.room < LIST:
-            raise ValueError(f"budget: {budget} entries leave less than a list of {LIST}")
+        if self.room < BLOCK + 32:  # a block, and one entry of every level
+            raise ValueError(f"budget: {budget} entries leave {self.room} for the coreset, less than {BLOCK + 32}")
         self.sink = [None] * spec.layers
         self.recent = [[] for _ in range(spec.layers)]                 # blocks of the window: (k, v)
         self.levels = [[] for _ in range(spec.layers)]                 # of each halving: k, v (S, H, n, d), weight (S, H, n)

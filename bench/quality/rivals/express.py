@@ -3,6 +3,7 @@ import torch
 
 import budgets as division
 from policy import BLOCK, Policy
+from rivals.prompt import Prompt
 
 
 class Express(Policy):
@@ -49,3 +50,18 @@ class Express(Policy):
 
     def entries(self):
         return [[self.caches[0].entries(layer, head) for head in range(self.spec.kv_heads)] for layer in range(self.spec.layers)]
+
+
+class ExpressPrompt(Prompt):
+    """compress_kv: the prompt's keys and values, all layers alike."""
+
+    def cut(self, layer, q, k, v):
+        import express_kv
+        dtype = torch.float16 if k.is_cuda else torch.float32
+        parts = []
+        for s in range(self.sequences):
+            keys, values = (x[s].transpose(0, 1).to(dtype).contiguous() for x in (k, v))  # (prompt, H, d)
+            parts.append([x.float() for x in express_kv.compress_kv(keys, values, budget=self.budget, scale=self.spec.scale, device=str(k.device),
+                                                                    dtype=str(dtype), layers=1, first_layer=layer, weight_exponent=0.5)[:3]])
+        keys, values, log_weight = (torch.stack(x) for x in zip(*parts))
+        return keys, values, 0.5 * log_weight

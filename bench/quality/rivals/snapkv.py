@@ -8,8 +8,8 @@ SnapKVPrompt   as published: exact over a prompt, which is then cut to the budge
 """
 import torch
 
-from policy import Policy, SlabPolicy, attention
-from rivals.exact import Exact
+from policy import SlabPolicy, attention
+from rivals.prompt import Prompt
 
 OBSERVED, NEIGHBOURS = 32, 7
 TIES = 1e-3  # neighbours under the same maximum are told apart by their own mass
@@ -36,35 +36,10 @@ class SnapKV(SlabPolicy):
         return self.keep(torch.nn.functional.pad(self.votes, (0, own), value=torch.inf), slab, end)
 
 
-class SnapKVPrompt(Policy):
-    """Exact on a prompt of `prompt` tokens (a multiple of the block), then the budget, then growing."""
-
-    def __init__(self, spec, sequences, budget, seed=0, device="cpu", prompt=0):
-        super().__init__(spec, sequences, budget, seed, device)
-        self.prompt, self.exact, self.after, self.peak = prompt, Exact(spec, sequences, 0, seed, device), Exact(spec, sequences, 0, seed, device), 0
-
-    def extend_block(self, layer, q, k, v):
-        if self.seen[layer] >= self.prompt:
-            return self.after.extend(layer, q, k, v)
-        out = self.exact.extend(layer, q, k, v)
-        if self.exact.seen[layer] == self.prompt:
-            self._cut(layer, q)
-        return out
-
-    def _cut(self, layer, q):
-        keys, values = (x[:, :, :self.prompt] for x in self.exact.held[layer])
-        _, p = attention(q, keys, values, self.spec.scale)
+class SnapKVPrompt(Prompt):
+    def cut(self, layer, q, k, v):
+        _, p = attention(q, k, v, self.spec.scale)
         chosen = votes(p).topk(self.budget - OBSERVED).indices.sort().values  # (S, H, budget - OBSERVED)
         own = torch.arange(self.prompt - OBSERVED, self.prompt, device=q.device).expand(*chosen.shape[:2], -1)
         places = torch.cat((chosen, own), 2)[..., None].expand(-1, -1, -1, self.spec.dim)
-        self.after.held[layer] = keys.gather(2, places), values.gather(2, places)
-        self.after.seen[layer] = self.budget
-        self.peak = max(self.peak, self.exact.bytes())
-        self.exact.held[layer] = (keys[:, :, :0], values[:, :, :0])
-
-    def bytes(self):
-        """Before the cut everything is held."""
-        return max(self.peak, self.after.bytes())
-
-    def entries(self):
-        return self.after.entries()
+        return k.gather(2, places), v.gather(2, places), None
