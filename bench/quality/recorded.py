@@ -20,7 +20,8 @@ class Recording:
         self.tokens, self.name = q[0], str(self.file["text"]) if "text" in self.file else path
         scale = float(self.file["scale"]) if "scale" in self.file else q[2] ** -0.5
         theta = float(self.file["rope_theta"]) if "rope_theta" in self.file else 500000.0
-        self.spec = ModelSpec(max(self.layers) + 1, q[1], k[1], q[2], scale, theta)
+        layers = int(self.file["model_layers"]) if "model_layers" in self.file else max(self.layers) + 1
+        self.spec = ModelSpec(layers, q[1], k[1], q[2], scale, theta)
         for layer in self.layers:
             shapes = [self.file[f"{name}{layer}"].shape for name in "qkv"]
             if shapes != [q, k, k]:

@@ -18,6 +18,7 @@ import time
 
 import torch
 
+import budgets
 import cases as texts
 import measure
 import protocols
@@ -188,6 +189,8 @@ def arguments():
     parser.add_argument("--seeds", type=int, default=3, help="of what is random")
     parser.add_argument("--protocol", choices=["stream", "prefill"], default="stream")
     parser.add_argument("--errors", action="store_true", help="also the error of outputs per layer and head (slow: exact attention beside every policy)")
+    parser.add_argument("--profile", help="far masses of the model, as `express-lm profile` writes them; default: the example model's")
+    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; 1 is best on a busy machine")
     parser.add_argument("--activations", help="measure outputs on this recording instead of the model")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -196,6 +199,9 @@ def arguments():
     options = parser.parse_args()
     sys.path.insert(0, os.getcwd())
     registry.load(options.plugins)
+    budgets.PROFILE = options.profile or budgets.PROFILE
+    if options.threads:
+        torch.set_num_threads(options.threads)
     options.policies = options.policies or list(registry.POLICIES)
     unknown = [name for name in options.policies if name not in registry.POLICIES]
     if unknown:

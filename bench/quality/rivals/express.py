@@ -18,7 +18,7 @@ class Express(Policy):
         fields = dict(layers=spec.layers, query_heads=spec.q_heads, kv_heads=spec.kv_heads, key_dim=spec.dim, scale=spec.scale, budget=budget,
                       prefill_block=BLOCK, device=str(device), **options)
         if profile:
-            fields["head_share"] = [mass ** power for row in division.far_mass() for mass in row]
+            fields["head_share"] = [mass ** power for row in division.far_mass(spec) for mass in row]
         if pyramid:
             automatic = options.get("sinks", 4), -1, -1
             fields["head_settings"] = [(n, *automatic) for row in division.pyramid(spec, budget) for n in row]

@@ -320,7 +320,7 @@ def test_pyramid():
 
 def test_far_mass_budgets():
     spec = ModelSpec(8, 6, 2, 64, 0.125, 5e5)
-    rows, mass = budgets.by_far_mass(spec, 1024), budgets.far_mass()
+    rows, mass = budgets.by_far_mass(spec, 1024), budgets.far_mass(spec)
     assert 16 * 1023 < sum(map(sum, rows)) <= 16 * 1024 and min(map(min, rows)) >= 320
     a, b = mass[3][0], mass[3][1]
     assert math.isclose((rows[3][0] - 320) / max(1, rows[3][1] - 320), (a / b) ** 2, rel_tol=0.02)
