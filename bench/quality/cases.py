@@ -39,11 +39,12 @@ def units(texts, which):
 
 def plain(texts, which, length, count):
     """Slices of `length` - 1 bytes out of the middle of units, as many of them as asked for."""
-    cases = []
+    cases, found = [], units(texts, which)
+    numbers = [unit for unit in UNITS[which] if unit < len(found)] or list(range(len(found)))
     for i in range(count):
-        unit = UNITS[which][i % len(UNITS[which])]
-        begin = OFFSET + i // len(UNITS[which]) * 40000
-        text = units(texts, which)[unit][begin:begin + length - 1]
+        unit = numbers[i % len(numbers)]
+        begin = OFFSET + i // len(numbers) * 40000
+        text = found[unit][begin:begin + length - 1]
         if len(text) == length - 1:
             cases.append(Case(f"plain-{length}-{unit}-{begin}", "plain", text, []))
     return cases
