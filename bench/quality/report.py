@@ -15,6 +15,7 @@ import os
 import figures
 
 BASE = "exact"
+KEY = ("set", "case", "protocol", "policy", "budget", "seed", "errors")
 
 
 def mean_error(values):
@@ -35,7 +36,8 @@ class Results:
     """Rows by (protocol, length, kind, policy, budget)."""
 
     def __init__(self, paths):
-        self.rows = [json.loads(line) for path in paths for line in open(path)]
+        rows = [json.loads(line) for path in paths for line in open(path)]
+        self.rows = list({tuple(row[name] for name in KEY): row for row in reversed(rows)}.values())[::-1]  # the first of each: shards repeat exact
         self.index = collections.defaultdict(list)
         for row in self.rows:
             self.index[row["protocol"], row["length"], row["kind"], row["policy"], row["budget"]].append(row)

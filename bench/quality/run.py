@@ -99,7 +99,7 @@ class Runner:
     def __init__(self, options):
         self.options, self.device = options, options.device
         self.model = Model(options.model, options.device)
-        self.rows = read(options.out)
+        self.rows = [row for path in options.have + [options.out] for row in read(path)]
         self.done = {key(row) for row in self.rows}
         self.file = open(options.out, "a")
         self.out_of_time, self.failures = False, []
@@ -111,6 +111,8 @@ class Runner:
     def write(self, labels, rows, cases):
         for label, row, case in zip(labels, rows, cases):
             row = {**label, "kind": case.kind, "length": len(case.text) + 1, **row}
+            if self.options.no_time:
+                row.pop("us_per_token", None)
             self.rows.append(row)
             self.file.write(json.dumps(row) + "\n")
         self.file.flush()
@@ -161,7 +163,8 @@ class Runner:
         return (f"{sum(plain) / len(plain):.4f} bits " if plain else "") + (f"{sum(answers)}/{len(answers)} recalled" if answers else "")
 
     def run(self):
-        settings = list(choose_settings(self.options))
+        part, parts = self.options.shard
+        settings = list(choose_settings(self.options))[part::parts]
         work = [(batch, length) for length, cases in choose_cases(self.options).items() for batch in batches(cases, self.options.side_by_side)]
         if not work:
             raise SystemExit(f"run.py: no texts of {self.options.lengths} tokens in {self.options.texts}")
@@ -190,6 +193,10 @@ def arguments():
     parser.add_argument("--protocol", choices=["stream", "prefill"], default="stream")
     parser.add_argument("--errors", action="store_true", help="also the error of outputs per layer and head (slow: exact attention beside every policy)")
     parser.add_argument("--profile", help="far masses of the model, as `express-lm profile` writes them; default: the example model's")
+    parser.add_argument("--have", action="append", default=[], help="further files of rows that need not be run again")
+    parser.add_argument("--shard", type=lambda text: [int(x) for x in text.split("/")], default=[0, 1], metavar="I/N",
+                        help="only every Nth setting from the Ith on: N processes share a GPU, which one alone leaves idle half of the time")
+    parser.add_argument("--no-time", action="store_true", help="leave out times: other processes run beside this one")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; 1 is best on a busy machine")
     parser.add_argument("--activations", help="measure outputs on this recording instead of the model")
     parser.add_argument("--model", default=MODEL)
