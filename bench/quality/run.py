@@ -117,6 +117,11 @@ class Runner:
             self.file.write(json.dumps(row) + "\n")
         self.file.flush()
 
+    def free(self):
+        """Gives GPU memory back that other processes may want."""
+        if torch.device(self.device).type == "cuda":
+            torch.cuda.empty_cache()
+
     def policy(self, name, count, budget, seed, length):
         more = {"prompt": protocols.prompt_length(length)} if name.endswith(", prompt") else {}
         policy = registry.make(name, self.model.spec, count, budget, seed, self.device, **more)
@@ -137,8 +142,10 @@ class Runner:
                     self.out_of_time = True
                     return
                 if reference is None:
-                    exact = registry.make("exact", self.model.spec, len(cases), 0, 0, self.device)
+                    exact = registry.make("exact", self.model.spec, len(cases), 0, 0, self.device, tokens=length)
                     rows, reference = measure.run(self.model, exact, cases, self.device, keep=True, begin=begin)
+                    del exact
+                    self.free()
                     if not all(key({**label, "policy": "exact", "budget": 0, "seed": 0}) in self.done for label in labels):
                         exact_labels = [self.label(case, "exact", 0, 0) for case in cases]
                         self.write(exact_labels, rows, cases)
@@ -156,6 +163,7 @@ class Runner:
             self.failures.append(f"{name}, {budget} entries: {type(error).__name__}: {error}")
             return f"failed: {error}"
         del policy
+        self.free()
         self.write(labels, rows, cases)
         self.done.update(map(key, labels))
         plain = [row["bits_second_half"] for row, case in zip(rows, cases) if case.kind == "plain"]

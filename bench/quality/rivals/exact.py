@@ -5,10 +5,12 @@ from policy import Policy, attention
 
 
 class Exact(Policy):
-    def __init__(self, spec, sequences, budget, seed=0, device="cpu"):
+    """tokens: room to begin with; it grows beyond."""
+
+    def __init__(self, spec, sequences, budget, seed=0, device="cpu", tokens=0):
         super().__init__(spec, sequences, budget, seed, device)
-        empty = torch.empty(sequences, spec.kv_heads, 0, spec.dim, device=device)
-        self.held = [(empty, empty) for _ in range(spec.layers)]  # keys and values, of which the first `seen` are in use
+        room = lambda: torch.empty(sequences, spec.kv_heads, tokens, spec.dim, device=device)
+        self.held = [(room(), room()) for _ in range(spec.layers)]  # keys and values, of which the first `seen` are in use
 
     def extend_block(self, layer, q, k, v):
         begin, end = self.seen[layer], self.seen[layer] + k.shape[2]
