@@ -8,6 +8,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 
 plt.rcParams.update({"font.size": 8, "axes.grid": True, "grid.alpha": 0.3, "svg.hashsalt": "express"})
 DEPTHS = 8
+FLOOR = 1e-4  # where figures on a logarithmic axis end
 MARKS = "osv^D<>pPX*hd"
 
 
@@ -26,15 +27,20 @@ def save(figure, folder, name, caption):
     return [f"![{caption}]({name}.png)", "", f"*{caption}* ([SVG]({name}.svg))", ""]
 
 
+def streaming(names):
+    """Those that hold a budget throughout."""
+    return [name for name in names if not name.endswith(", prompt")]
+
+
 def mean(values):
     return sum(values) / len(values)
 
 
 def curves(results, folder, length, kind, shown):
     """Excess bits and divergence over entries and over bytes, recall over bytes."""
-    figure, axes = plt.subplots(1, 4, figsize=(17, 4))
+    figure, axes = plt.subplots(1, 4 if kind != "plain" else 3, figsize=(17, 4.6), layout="constrained")
     drawn = False
-    for name in shown:
+    for name in streaming(shown):
         points = []
         for budget in results.budgets_of(name):
             rows, excess = results.get(name, budget, length, kind), results.excess(name, budget, length, kind)
@@ -47,39 +53,40 @@ def curves(results, folder, length, kind, shown):
             drawn = True
             entries, megabytes, excess, kl, recall = zip(*points)
             for axis, x, y in zip(axes, (entries, megabytes, megabytes, megabytes), (excess, excess, kl, recall)):
-                axis.plot(x, y, **style(results.policies, name))
+                axis.plot(x, y if axis is axes[-1] and kind != "plain" else [max(FLOOR, value) for value in y], **style(results.policies, name))
     for axis, x, y in zip(axes, ("entries per KV head at peak", "KV MB at peak", "KV MB at peak", "KV MB at peak"),
                           ("excess bits/byte, second half", "excess bits/byte, second half", "KL from exact (nats), second half", "recall")):
         axis.set_xscale("log", base=2)
         axis.set_xlabel(x), axis.set_ylabel(y)
         if y != "recall":
-            axis.set_yscale("symlog", linthresh=0.01)
-    if kind == "plain":
-        axes[3].remove()
+            axis.set_yscale("log")
     if not drawn:
         plt.close(figure)
         return []
-    axes[0].legend(fontsize=6, ncol=2, loc="upper center", bbox_to_anchor=(2.2, -0.15))
+    figure.legend(*axes[0].get_legend_handles_labels(), fontsize=7, ncol=8, loc="outside lower center")
     return save(figure, folder, f"bits-{kind}-{length}", f"{length} tokens, {kind} texts: against entries and against bytes held at peak")
 
 
 def positions(results, folder, length, shown):
     """Excess bits by position, a panel for each of up to three budgets."""
-    budgets = [budget for budget in results.budgets if results.get("window", budget, length, "plain")]
-    budgets = budgets[len(budgets) // 2 - 1:len(budgets) // 2 + 2] or budgets
+    budgets = [budget for budget in results.budgets if len([name for name in shown if results.get(name, budget, length, "plain")]) > 1]
+    budgets = budgets[:1] + budgets[len(budgets) // 2:len(budgets) // 2 + 1] + budgets[-1:] if len(budgets) > 3 else budgets
     if not budgets or not results.get("exact", 0, length, "plain"):
         return []
-    figure, axes = plt.subplots(1, len(budgets), figsize=(5 * len(budgets), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(budgets), figsize=(max(8, 5.5 * len(budgets)), 4.4), squeeze=False, layout="constrained")
     average = lambda rows: [mean(x) for x in zip(*(row["bits_by_position"] for row in rows))]
     exact = average(results.get("exact", 0, length, "plain"))
     for axis, budget in zip(axes[0], budgets):
-        for name in shown:
+        for name in streaming(shown):
             rows = results.get(name, budget, length, "plain")
-            if rows:
+            if rows and name != "exact":
                 parts = len(rows[0]["bits_by_position"])
-                axis.plot([length * (i + 0.5) / parts for i in range(parts)], [a - b for a, b in zip(average(rows), exact)], **style(results.policies, name))
-        axis.set_title(f"{budget} entries"), axis.set_xlabel("position"), axis.set_ylabel("excess bits/byte")
-    axes[0][0].legend(fontsize=6, ncol=4, loc="upper left", bbox_to_anchor=(0, -0.2))
+                axis.plot([length * (i + 0.5) / parts for i in range(parts)], [max(FLOOR, a - b) for a, b in zip(average(rows), exact)],
+                          **style(results.policies, name))
+        axis.set_title(f"{budget} entries"), axis.set_xlabel("position"), axis.set_ylabel("excess bits/byte"), axis.set_yscale("log")
+        axis.set_ylim(bottom=1e-3)
+    labels = {label: handle for axis in axes[0] for handle, label in zip(*axis.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels.keys(), fontsize=7, ncol=8, loc="outside lower center")
     return save(figure, folder, f"positions-{length}", f"{length} tokens, plain texts: excess bits per byte by position")
 
 
@@ -90,7 +97,7 @@ def recall_maps(results, folder, length, shown):
         return []
     columns = 6
     rows = -(-len(names) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 1.7 * rows + 0.4), squeeze=False)
+    figure, axes = plt.subplots(rows, columns, figsize=(2.6 * columns, 1.7 * rows + 0.4), squeeze=False, layout="constrained")
     for axis in axes.flat[len(names):]:
         axis.remove()
     for axis, name in zip(axes.flat, names):
@@ -100,7 +107,6 @@ def recall_maps(results, folder, length, shown):
         axis.set_title(name, fontsize=7), axis.grid(False)
         axis.set_yticks(range(len(results.budgets)), results.budgets, fontsize=6)
         axis.set_xticks([-0.5, DEPTHS / 2 - 0.5, DEPTHS - 0.5], ["0", "½", "1"], fontsize=6)
-    figure.tight_layout()
     figure.colorbar(image, ax=axes.ravel().tolist()[:len(names)], shrink=0.6)
     return save(figure, folder, f"recall-{length}", f"{length} tokens: recall by depth of the fact (across) and entries (down)")
 

@@ -3,12 +3,13 @@
 
     python3 bench/quality/report.py RESULTS.jsonl [MORE.jsonl ...] --out FOLDER [--policies 'window;h2o;...'] [--title TEXT]
 
-Writes FOLDER/report.md and the figures it shows, each as PNG and SVG. Needs matplotlib. Figures are means over texts and seeds; +- is the standard error
+Writes FOLDER/report.md and the figures it shows, each as PNG and SVG. Needs matplotlib; reads .jsonl and .jsonl.xz. Figures are means over texts and seeds; +- is the standard error
 over texts of the means over seeds. Differences are paired by text.
 """
 import argparse
 import collections
 import json
+import lzma
 import math
 import os
 
@@ -36,7 +37,7 @@ class Results:
     """Rows by (protocol, length, kind, policy, budget)."""
 
     def __init__(self, paths):
-        rows = [json.loads(line) for path in paths for line in open(path)]
+        rows = [json.loads(line) for path in paths for line in (lzma.open(path, "rt") if path.endswith(".xz") else open(path))]
         self.rows = list({tuple(row[name] for name in KEY): row for row in reversed(rows)}.values())[::-1]  # the first of each: shards repeat exact
         self.index = collections.defaultdict(list)
         for row in self.rows:

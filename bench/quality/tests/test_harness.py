@@ -83,6 +83,26 @@ def test_recall_and_prefill_protocol(texts, tmp_path):
     assert rows["stream", "window"]["kl"] > rows["prefill", "window"]["kl"] > 0  # the prefill protocol decodes exactly
 
 
+@pytest.mark.parametrize("kind", ["many", "alike", "restated"])
+def test_harder_cases(kind):
+    with open(os.path.join(MODEL, "demo.txt"), "rb") as file:
+        units = file.read().split(b"\0")
+    text, answers = cases.make(kind, units, 16384, "dev 0")
+    assert len(text) == 16383 and len(answers) == cases.KINDS[kind] and (text, answers) == cases.make(kind, units, 16384, "dev 0")
+    said = [text.count(f" The access code of {a['name']} is ".encode()) for a in answers]
+    assert sum(said) == len(said) + (8 if kind == "restated" else 0)
+    for a in answers:
+        assert text[a["offset"]:a["offset"] + 6] == a["answer"].encode()
+        question = f"\nWhat is the access code of {a['name']}? ".encode()
+        assert text[:a["offset"]].endswith(question) and text.count(question) == 1
+        fact = f" The access code of {a['name']} is {a['answer']}. ".encode()
+        assert text[a["fact_offset"]:].startswith(fact) and text.rfind(f" The access code of {a['name']} is ".encode()) == a["fact_offset"]
+    if kind == "alike":
+        names = [a["name"] for a in answers]
+        near = lambda x, y: len(x) == len(y) and sum(p != q for p, q in zip(x, y)) == 1
+        assert all(any(near(x, y) for y in names) for x in names)
+
+
 def test_output_error_is_that_of_the_outputs():
     model = Model()
     error = measure.OutputError(model.spec, 1, "cpu")
