@@ -120,8 +120,9 @@ def paired_table(results, length, kind, base, budgets):
                 cells.append(f"**{text}**" if error is not None and abs(mean) > 2 * error else text)
             else:
                 cells.append("–")
-        rows.append([policy] + cells)
-    return table([f"policy less {base}"] + [f"{budget} entries" for budget in budgets], rows)
+        if set(cells) != {"–"}:
+            rows.append([policy] + cells)
+    return table([f"policy less {base}"] + [f"{budget} entries" for budget in budgets], rows) if rows else []
 
 
 def time_table(results, length):
@@ -133,7 +134,7 @@ def time_table(results, length):
             cells.append(f"{sum(found) / len(found):.1f}" if found else "–")
         if set(cells) != {"–"}:
             rows.append([policy] + cells)
-    return table(["µs per token"] + [str(budget) for budget in results.budgets], rows)
+    return table(["µs per token"] + [str(budget) for budget in results.budgets], rows) if rows else []
 
 
 def bottleneck_table(results, length, budget, default, window="window"):
@@ -170,6 +171,11 @@ def layer_lines(results, length):
     return lines
 
 
+def section(title, lines, note=None):
+    """Nothing if there are no lines."""
+    return [title, ""] + ([note, ""] if note else []) + lines if lines else []
+
+
 def write_report(results, options):
     lines = [f"# {options.title}", ""]
     if options.note:
@@ -188,16 +194,14 @@ def write_report(results, options):
             for budget in results.budgets:
                 if any(row["budget"] == budget and row["protocol"] == protocol and row["length"] == length for row in results.rows):
                     lines += [f"### {budget} entries", ""] + main_table(results, length, budget, protocol)
-        for kind in [kind for kind in ("plain", "recall") if options.default in results.policies and kind in results.kinds]:
-            lines += [f"### Paired by text with {options.default}, {length} tokens, {kind}", ""] + paired_table(
-                results, length, kind, options.default, results.budgets)
+        for kind in ("plain", "recall"):
+            lines += section(f"### Paired by text with {options.default}, {length} tokens, {kind}", paired_table(
+                results, length, kind, options.default, results.budgets))
         if options.default in results.policies and options.bottleneck in results.budgets:
-            lines += ["### The four uses, texts with facts", ""] + bottleneck_table(results, length, options.bottleneck, options.default)
-        errors = layer_lines(results, length)
-        if errors:
-            lines += ["### Error of attention outputs by layer (mean over heads)", ""] + errors
-        lines += ["### Time", "", "Of this harness, all sequences side by side; it compares the work of policies written alike, not libraries.", ""]
-        lines += time_table(results, length)
+            lines += section("### The four uses, texts with facts", bottleneck_table(results, length, options.bottleneck, options.default))
+        lines += section("### Error of attention outputs by layer (mean over heads)", layer_lines(results, length))
+        lines += section("### Time", time_table(results, length),
+                         "Of this harness, all sequences side by side; it compares the work of policies written alike, not libraries.")
     with open(os.path.join(options.out, "report.md"), "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
 
