@@ -91,6 +91,12 @@ def choose_settings(options):
                 yield name, 0 if name in registry.UNBOUNDED else budget, seed
 
 
+def in_shard(setting, part, parts):
+    """Whether a setting is this process's: the same in every run, whatever else is run."""
+    name, budget, seed = setting
+    return (list(registry.POLICIES).index(name) + 3 * budget.bit_length() + 11 * seed) % parts == part
+
+
 def batches(cases, side_by_side):
     return [cases[i:i + side_by_side] for i in range(0, len(cases), side_by_side)]
 
@@ -171,8 +177,7 @@ class Runner:
         return (f"{sum(plain) / len(plain):.4f} bits " if plain else "") + (f"{sum(answers)}/{len(answers)} recalled" if answers else "")
 
     def run(self):
-        part, parts = self.options.shard
-        settings = list(choose_settings(self.options))[part::parts]
+        settings = [setting for setting in choose_settings(self.options) if in_shard(setting, *self.options.shard)]
         work = [(batch, length) for length, cases in choose_cases(self.options).items() for batch in batches(cases, self.options.side_by_side)]
         if not work:
             raise SystemExit(f"run.py: no texts of {self.options.lengths} tokens in {self.options.texts}")
@@ -203,7 +208,7 @@ def arguments():
     parser.add_argument("--profile", help="far masses of the model, as `express-lm profile` writes them; default: the example model's")
     parser.add_argument("--have", action="append", default=[], help="further files of rows that need not be run again")
     parser.add_argument("--shard", type=lambda text: [int(x) for x in text.split("/")], default=[0, 1], metavar="I/N",
-                        help="only every Nth setting from the Ith on: N processes share a GPU, which one alone leaves idle half of the time")
+                        help="only the Ith part of the settings: N processes share a GPU, which one alone leaves idle half of the time")
     parser.add_argument("--no-time", action="store_true", help="leave out times: other processes run beside this one")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; 1 is best on a busy machine")
     parser.add_argument("--activations", help="measure outputs on this recording instead of the model")
