@@ -36,8 +36,9 @@ def show(values, digits=4, scale=1):
 class Results:
     """Rows by (protocol, length, kind, policy, budget)."""
 
-    def __init__(self, paths):
+    def __init__(self, paths, which=None):
         rows = [json.loads(line) for path in paths for line in (lzma.open(path, "rt") if path.endswith(".xz") else open(path))]
+        rows = [row for row in rows if which in (None, row["set"])]
         self.rows = list({tuple(row[name] for name in KEY): row for row in reversed(rows)}.values())[::-1]  # the first of each: shards repeat exact
         self.index = collections.defaultdict(list)
         for row in self.rows:
@@ -210,13 +211,14 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+")
     parser.add_argument("--out", required=True)
+    parser.add_argument("--set", choices=["dev", "test"], help="only these rows")
     parser.add_argument("--title", default="Quality of cache policies")
     parser.add_argument("--note", help="machine, date, commit: goes below the title")
     parser.add_argument("--default", default="express, profile", help="the policy that others are compared with")
     parser.add_argument("--bottleneck", type=int, default=1024, help="budget of the table of the four uses")
     parser.add_argument("--policies", help="only these in the figures, between semicolons")
     options = parser.parse_args()
-    results = Results(options.results)
+    results = Results(options.results, options.set)
     names = [name.strip() for name in options.policies.split(";")] if options.policies else results.policies
     options.shown = [name for name in names if name in results.policies]
     os.makedirs(options.out, exist_ok=True)
