@@ -147,7 +147,7 @@ class Runner:
                 if time.monotonic() > self.options.deadline:
                     self.out_of_time = True
                     return
-                if reference is None:
+                if reference is None and (name == "exact" or not self.options.no_kl):
                     exact = registry.make("exact", self.model.spec, len(cases), 0, 0, self.device, tokens=length)
                     rows, reference = measure.run(self.model, exact, cases, self.device, keep=True, begin=begin)
                     del exact
@@ -204,6 +204,7 @@ def arguments():
     parser.add_argument("--budgets", type=numbers, default=[256, 512, 1024, 2048, 4096, 8192])
     parser.add_argument("--seeds", type=int, default=3, help="of what is random")
     parser.add_argument("--protocol", choices=["stream", "prefill"], default="stream")
+    parser.add_argument("--no-kl", action="store_true", help="without exact attention, unless it is among the policies: no KL divergence")
     parser.add_argument("--errors", action="store_true", help="also the error of outputs per layer and head (slow: exact attention beside every policy)")
     parser.add_argument("--profile", help="far masses of the model, as `express-lm profile` writes them; default: the example model's")
     parser.add_argument("--have", action="append", default=[], help="further files of rows that need not be run again")

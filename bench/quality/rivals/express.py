@@ -29,6 +29,9 @@ class Express(Policy):
                 fits = express_kv.size(**{**fields, "budget": middle}, dtype="bfloat16")[0] <= room
                 low, high = (middle, high) if fits else (low, middle - 1)
             fields["budget"] = low
+        # Since the library has it; without, all budgets are fixed.
+        if fields.get("head_budgets") == "fixed" and "head_budgets" not in (express_kv.Cache.__doc__ or ""):
+            del fields["head_budgets"]
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
         self.caches = [express_kv.Cache(**fields, dtype=str(self.dtype), seed=seed * 1000 + i) for i in range(sequences)]
         with express_kv.Cache(**fields, dtype="bfloat16") as cache:
