@@ -111,6 +111,8 @@ def measure(express, recording, lengths, block):
     """Yields lists of rows: of every recorded layer, and of random data of the same shape (layer "random")."""
     with open(PROFILE) as file:
         share = np.square(json.load(file)["far_mass"])
+    if "kv_heads" in recording:
+        share = np.ascontiguousarray(share[:, recording["kv_heads"]])
     for layer in [int(i) for i in recording["layers"]] + ["random"]:
         if layer == "random":
             q, k, v = (activations.to_bf16(np.random.default_rng(seed).standard_normal(x.shape, np.float32))

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Queries, keys and values of the example model on a text, under exact attention, for measurements on what attention really sees.
 
-    python3 bench/record_activations.py OUTPUT.npz [--text ../shared/lm/dev.txt] [--tokens 32768] [--layers 0,3,7] [--compress]
+    python3 bench/record_activations.py OUTPUT.npz [--text ../shared/lm/dev.txt] [--tokens 32768] [--layers 0,3,7] [--kv-heads 0,1] [--compress]
 
 Token 256 comes first, then the bytes of the text (a NUL byte is token 256). OUTPUT holds, for each layer i, q{i} (N, 6, 64), k{i} and v{i}
-(N, 2, 64) after RoPE, in bfloat16 as uint16 bits: torch.from_numpy(x.view("int16")).view(torch.bfloat16). NumPy only; 32768 tokens take minutes.
+(N, 2, 64) after RoPE, in bfloat16 as uint16 bits: torch.from_numpy(x.view("int16")).view(torch.bfloat16). With --kv-heads only those, and the
+query heads of their groups. The format is described in bench/quality/README.md. NumPy only; 32768 tokens take minutes.
 The model is examples/byte_lm/model, which has a text of its own (demo.txt) for where dev.txt is not.
 """
 import argparse
@@ -147,18 +148,26 @@ def main():
     parser.add_argument("--offset", type=int, default=0, help="begin at this byte")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--layers", default="0,1,2,3,4,5,6,7")
+    parser.add_argument("--kv-heads", help="default: all")
     parser.add_argument("--compress", action="store_true")
     options = parser.parse_args()
+    with open(os.path.join(options.model, "config.json")) as file:
+        config = json.load(file)
+    kv_heads = [int(i) for i in options.kv_heads.split(",")] if options.kv_heads else list(range(config["num_key_value_heads"]))
+    group = config["num_attention_heads"] // config["num_key_value_heads"]
+    heads = {"q": [h * group + i for h in kv_heads for i in range(group)], "k": kv_heads, "v": kv_heads}
     layers = sorted(int(i) for i in options.layers.split(","))
     with open(options.text, "rb") as file:
         file.seek(options.offset)
         ids = encode(file.read(options.tokens - 1))
-    arrays = {"layers": np.array(layers), "text": np.array(os.path.basename(options.text)), "offset": np.array(options.offset)}
+    arrays = {"layers": np.array(layers), "text": np.array(os.path.basename(options.text)), "offset": np.array(options.offset),
+              "kv_heads": np.array(kv_heads), "model_layers": np.array(config["num_hidden_layers"]), "rope_theta": np.array(config["rope_theta"]),
+              "scale": np.array(config["head_dim"] ** -0.5)}
 
     def record(layer, q, k, v):
         print(f"layer {layer}: {len(ids)} tokens", flush=True)
         if layer in layers:
-            arrays.update({f"{name}{layer}": to_bf16(x) for name, x in (("q", q), ("k", k), ("v", v))})
+            arrays.update({f"{name}{layer}": to_bf16(x[:, heads[name]]) for name, x in (("q", q), ("k", k), ("v", v))})
 
     forward(options.model, ids, record, layers[-1])
     (np.savez_compressed if options.compress else np.savez)(options.output, **arrays)

@@ -26,7 +26,7 @@ cmake --build "$build" -j "$jobs"
 step "Building examples/byte_lm against the installed library"
 build_engine "$build" -DEXPRESS_LM_WERROR="$werror"
 
-# Bindings against the same installed library.
+# Bindings against the same installed library, and the quality harness with the Python of theirs.
 mkdir -p "$build/bindings"
 cat >"$build/bindings/CTestTestfile.cmake" <<EOF
 add_test(bindings/python "$PWD/bindings/python/test.sh" "$PWD/$build/bindings/python" "$PWD/$build/stage")
@@ -35,6 +35,8 @@ add_test(bindings/rust "$PWD/bindings/rust/test.sh" "$PWD/$build/bindings/rust" 
 add_test(bindings/go "$PWD/bindings/go/test.sh" "$PWD/$build/bindings/go" "$PWD/$build/stage")
 add_test(bindings/overhead "$PWD/bench/bindings_overhead/run.py" --build "$PWD/$build" --rounds 1 --calls 1000)
 set_tests_properties(bindings/overhead PROPERTIES DEPENDS bindings/python)
+add_test(bench/quality "$PWD/bench/quality/test.sh" "$PWD/$build/bindings/python/venv/bin/python")
+set_tests_properties(bench/quality PROPERTIES DEPENDS bindings/python TIMEOUT 900 SKIP_RETURN_CODE 77)
 set_tests_properties(bindings/python bindings/wheel bindings/rust bindings/go bindings/overhead PROPERTIES TIMEOUT 900 SKIP_RETURN_CODE 77)
 EOF
 
