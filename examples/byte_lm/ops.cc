@@ -24,7 +24,7 @@ typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
 
 constexpr int64_t kPanel = 2 * kLanes;  // outputs of a packed panel: two vectors
-constexpr int64_t kFew = 4;     // up to so many rows the product is bounded by reading the weights
+constexpr int64_t kFew = 4;             // up to so many rows the product is bounded by reading the weights
 
 Floats Load(const float* p) {
   Floats v;

@@ -177,7 +177,8 @@ Status CpuCache::PrefillBlock(int32_t layer, const Array& q, const Input& input,
     const int64_t cut = task % cuts, t0 = input.first_token, h0 = int64_t{h.kv_head} * group;
     float* observed_lse = reinterpret_cast<float*>(static_cast<char*>(scratch(worker)) + parts_.lse_offset);
     float* lse_data = lse != nullptr ? static_cast<float*>(lse->At(t0, h0)) : nullptr;
-    int64_t lse_token_stride = lse != nullptr ? lse->stride[0] : group, lse_head_stride = lse != nullptr ? lse->stride[1] : 1;
+    int64_t lse_token_stride = lse != nullptr ? lse->stride[0] : group,
+            lse_head_stride = lse != nullptr ? lse->stride[1] : 1;
     if (lse == nullptr && budgets_.observed != nullptr) lse_data = observed_lse;
     const cpu::BlockArgs args{
         .key = {input.Rows(input.k, layer, h.kv_head), Input::RowStride(input.k), input.k.dtype},

@@ -122,7 +122,9 @@ void CpuCache::ResetHeads() {
 
 // ---- observed budgets ----
 
-Shape CpuCache::ShapeOf(const plan::Setting* settings) const { return {config_, threads_.count(), settings, &largest_}; }
+Shape CpuCache::ShapeOf(const plan::Setting* settings) const {
+  return {config_, threads_.count(), settings, &largest_};
+}
 
 bool CpuCache::ResizeFits() const {
   Arena arena;

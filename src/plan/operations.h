@@ -22,9 +22,9 @@ enum class OpKind : uint8_t {
   kHalve,   // slots, oldest first: of each pair (2a, 2a+1) one survives, in slot 2a, and weighs `weight`; slot 2a+1 is
             // free. Halving `number`
   kFree,    // slots are free
-  kEvict,   // the weakest protected entry leaves the set; it is in slots[0], the slot protected last, afterwards, and the entry
-            // that was there in its place
-  kMove,    // the entry in slots[2i] moves to slots[2i+1], which was free; slots[2i] is free
+  kEvict,  // the weakest protected entry leaves the set; it is in slots[0], the slot protected last, afterwards, and the entry
+           // that was there in its place
+  kMove,  // the entry in slots[2i] moves to slots[2i+1], which was free; slots[2i] is free
 };
 
 struct Op {

@@ -86,8 +86,8 @@ class Plan {
 
   Setting setting_;
   Pool pool_;
-  Slot* sinks_;  // (sinks): for rollback
-  Slot* tail_;   // (tail): ring of the exact tail
+  Slot* sinks_;      // (sinks): for rollback
+  Slot* tail_;       // (tail): ring of the exact tail
   Slot* protected_;  // (protect)
   int64_t protect_;  // entries protected at most: setting_.protect, or fewer on the way to another setting
   int64_t sink_count_ = 0;
