@@ -47,13 +47,13 @@ def curves(results, folder, length, kind, shown):
             if name == "exact" or not excess:
                 continue
             kl = list(results.by_text(rows, "kl_second_half").values())
-            points.append((mean([row["entries_peak"] for row in rows]), max(row["bytes_peak"] for row in rows) / 1e6, mean(excess), mean(kl),
+            points.append((mean([row["entries_peak"] for row in rows]), max(row["bytes_peak"] for row in rows) / 1e6, mean(excess), mean(kl or [float("nan")]),
                            mean(results.recall(name, budget, length, kind) or [float("nan")])))
         if points:
             drawn = True
             entries, megabytes, excess, kl, recall = zip(*points)
             for axis, x, y in zip(axes, (entries, megabytes, megabytes, megabytes), (excess, excess, kl, recall)):
-                axis.plot(x, y if axis is axes[-1] and kind != "plain" else [max(FLOOR, value) for value in y], **style(results.policies, name))
+                axis.plot(x, y if axis is axes[-1] and kind != "plain" else [value if value != value else max(FLOOR, value) for value in y], **style(results.policies, name))
     for axis, x, y in zip(axes, ("entries per KV head at peak", "KV MB at peak", "KV MB at peak", "KV MB at peak"),
                           ("excess bits/byte, second half", "excess bits/byte, second half", "KL from exact (nats), second half", "recall")):
         axis.set_xscale("log", base=2)

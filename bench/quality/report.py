@@ -36,9 +36,9 @@ def show(values, digits=4, scale=1):
 class Results:
     """Rows by (protocol, length, kind, policy, budget)."""
 
-    def __init__(self, paths, which=None):
+    def __init__(self, paths, which=None, budgets=None):
         rows = [json.loads(line) for path in paths for line in (lzma.open(path, "rt") if path.endswith(".xz") else open(path))]
-        rows = [row for row in rows if which in (None, row["set"])]
+        rows = [row for row in rows if which in (None, row["set"]) and (not budgets or row["budget"] in [0] + budgets)]
         self.rows = list({tuple(row[name] for name in KEY): row for row in reversed(rows)}.values())[::-1]  # the first of each: shards repeat exact
         self.index = collections.defaultdict(list)
         for row in self.rows:
@@ -212,13 +212,14 @@ def main():
     parser.add_argument("results", nargs="+")
     parser.add_argument("--out", required=True)
     parser.add_argument("--set", choices=["dev", "test"], help="only these rows")
+    parser.add_argument("--budgets", type=lambda text: [int(x) for x in text.split(",")], help="only these")
     parser.add_argument("--title", default="Quality of cache policies")
     parser.add_argument("--note", help="machine, date, commit: goes below the title")
     parser.add_argument("--default", default="express, profile", help="the policy that others are compared with")
     parser.add_argument("--bottleneck", type=int, default=1024, help="budget of the table of the four uses")
     parser.add_argument("--policies", help="only these in the figures, between semicolons")
     options = parser.parse_args()
-    results = Results(options.results, options.set)
+    results = Results(options.results, options.set, options.budgets)
     names = [name.strip() for name in options.policies.split(";")] if options.policies else results.policies
     options.shown = [name for name in names if name in results.policies]
     os.makedirs(options.out, exist_ok=True)
