@@ -143,7 +143,7 @@ class Cache:
         """Causal attention of n new tokens over the layer and themselves, and their append; shapes as in attend and append.
 
         On a GPU `workspace` is scratch of at least workspace_size(n) bytes (uint8), new if it is not given. progress as in append; the
-        results do not depend on it.
+        results do not depend on it (with budgets that observe attention, chunks of a prompt do make a difference).
         """
         out = self._out(q, out)
         if workspace is None:
