@@ -18,6 +18,16 @@ Status LayoutBytes(const Resolved& resolved, int64_t* bytes) {
   return CpuCache::Bytes(resolved, bytes);
 }
 
+// The largest mean budget at which no head gets more than a head can have.
+int64_t MostMean(const Config& config) {
+  constexpr int64_t kMostOfAHead = int64_t{1} << 29;
+  double sum = 0, largest = 0;
+  for (const float share : config.head_share) sum += share, largest = std::max<double>(largest, share);
+  if (sum == 0) return kMostOfAHead;
+  const double times = largest * static_cast<double>(config.head_share.size()) / sum;  // of the mean
+  return static_cast<int64_t>(static_cast<double>(kMostOfAHead) / std::max(1.0, times)) - 1;
+}
+
 // The largest mean budget whose layout has at most config.budget bytes. Bytes grow with the budget but for the rounding
 // of parts, so a bisection is followed by a look at the next few.
 Status SolveBytes(const Config& config, Resolved* resolved, int64_t* bytes) {
@@ -31,10 +41,11 @@ Status SolveBytes(const Config& config, Resolved* resolved, int64_t* bytes) {
   };
   const int64_t heads = int64_t{config.layers} * config.kv_heads;
   const int64_t entry = (int64_t{config.key_dim} + config.value_dim) * SizeOf(config.dtype);
-  const int64_t most = std::min<int64_t>(config.budget / heads / entry + 1, int64_t{1} << 29);
+  const int64_t most_mean = MostMean(config);
+  const int64_t most = std::min(config.budget / heads / entry + 1, most_mean);
   Status status;
   // Below the smallest legal budget nothing resolves: find it first.
-  int64_t low = 1, high = int64_t{1} << 29;
+  int64_t low = 1, high = most_mean;
   while (low < high) {
     const int64_t middle = low + (high - low) / 2;
     Resolved candidate;

@@ -99,6 +99,19 @@ TEST(Bytes, TooFewBytesAreRefusedWithTheSmallestNumberThatWorks) {
   EXPECT_EQ(ExpressCache::Size(c, nullptr, nullptr).code(), StatusCode::kBudgetTooSmall);
 }
 
+// One head may get nearly all of the budget.
+TEST(Bytes, ABudgetInBytesWithUnevenShares) {
+  static const std::vector<float> share = {1, 1, 1, 5000};
+  Config c = SmallConfig();
+  c.head_share = share;
+  c.budget_unit = BudgetUnit::kBytes;
+  c.budget = 1 << 20;
+  int64_t bytes = 0, mean = 0;
+  ASSERT_OK(ExpressCache::Size(c, &bytes, &mean));
+  EXPECT_LE(bytes, c.budget);
+  EXPECT_GT(mean, 1000);
+}
+
 TEST(Bytes, BytesNeverChange) {
   const Config c = SmallConfig();
   int64_t said = 0, bytes = 0;
