@@ -69,10 +69,14 @@ Status ReadTraits(int32_t device, DeviceTraits* traits) {
       CudaError("config.device_id", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
   EXPRESS_RETURN_IF_ERROR(
       CudaError("config.device_id", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)));
-  *traits = {.multiprocessors = multiprocessors, .compute_capability = 10 * major + minor};
+  *traits = {.multiprocessors = multiprocessors, .compute_capability = 10 * major + minor, .attend = {}};
   if (traits->compute_capability < 80)
     return Error(StatusCode::kUnsupported, "config.device_id: device ", device, " has compute capability ", major, ".",
                  minor, ", the kernels need 8.0");
+  for (int32_t blocks = 1; blocks <= 2; ++blocks)
+    EXPRESS_RETURN_IF_ERROR(
+        CudaError("config.device_id", cuda::DescribeAttend(device, blocks, &traits->attend[blocks - 1])));
+  traits->attend[1].prefetch = false;  // two blocks gain nothing by it
   return Status();
 }
 
@@ -217,6 +221,8 @@ Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache)
   EXPRESS_RETURN_IF_ERROR(CudaError("config.device_id", scope.error()));
   DeviceTraits traits;
   EXPRESS_RETURN_IF_ERROR(ReadTraits(resolved.config.device_id, &traits));
+  EXPRESS_RETURN_IF_ERROR(CudaError("config", cuda::PrepareAttend(resolved.config.dtype, resolved.config.key_dim,
+                                                                  resolved.config.value_dim, traits.attend[0])));
   Arena host_count, device_count;
   const CudaParts counted = Layout(resolved, nullptr, host_count, device_count);
   struct Memory {  // freed unless taken

@@ -38,6 +38,7 @@ class DeviceScope {
 struct DeviceTraits {
   int32_t multiprocessors = 0;
   int32_t compute_capability = 0;  // 90: 9.0
+  cuda::AttendMachine attend[2] = {};  // with one block of a multiprocessor, with two
 };
 
 // A stream beside the caller's, for the selection of a prompt's entries, and the events that order the two.

@@ -205,6 +205,7 @@ cuda::ExecuteArgs CudaCache::Arguments(const Input& input, int32_t layer) const 
     args.v_cache_stride = args.v.row_stride;
   }
   args.halve = Halve();
+  args.launch_early = traits_.attend[0].dependent_launches;
   return args;
 }
 
@@ -412,16 +413,19 @@ Status CudaCache::AttendCaches(const Cache* const* caches, int64_t count, int32_
   const auto advance = [](cuda::Rows& rows, int64_t by) {
     rows.data = static_cast<char*>(rows.data) + by * rows.row_stride * SizeOf(rows.dtype);
   };
+  const cuda::Head* described[cuda::kMaxBatch];
   for (int64_t first = 0; first < count; first += cuda::kMaxBatch) {
     args.caches = static_cast<int32_t>(std::min<int64_t>(cuda::kMaxBatch, count - first));
     args.max_capacity = 0;
     for (int32_t i = 0; i < args.caches; ++i) {
       const CudaParts& parts = static_cast<const CudaCache*>(caches[first + i])->parts_;
       args.heads[i] = parts.heads + layer * config_.kv_heads;
+      described[i] = parts.head_copies + layer * config_.kv_heads;
       for (int32_t g = 0; g < config_.kv_heads; ++g)
-        args.max_capacity = std::max(args.max_capacity, parts.head_copies[layer * config_.kv_heads + g].capacity);
+        args.max_capacity = std::max(args.max_capacity, described[i][g].capacity);
     }
-    cuda::Attend(args, traits_.multiprocessors, stream_);
+    const int32_t blocks = cuda::AttendBlocks(args, traits_.multiprocessors);
+    cuda::Attend(args, described, traits_.attend[blocks - 1], stream_);
     advance(args.q, args.caches);
     advance(args.out, args.caches);
     if (args.lse != nullptr) args.lse += args.caches * args.lse_row_stride;

@@ -1,542 +1,279 @@
-// Weighted decode attention, split over keys.
+// Weighted decode attention over 16-bit slabs: the kernel, who takes which keys, and the launches.
 //
-// The slab is read once, from global memory straight into tensor-core fragments: the order of a contraction does not
-// matter, so thread (g, t) = (lane / 4, lane % 4) takes 16-byte pieces t, t + 4, .. of keys g and g + 8 as the A of
-// S^T = K Q^T, and of values the piece of dims [8g, 8g + 8) of keys 2t, 2t + 1, 2t + 8, 2t + 9 as the A of O^T = V^T P^T,
-// where row g of row tile j stands for dim 8g + 2j and row g + 8 for the one after it. Queries are the 8 columns; a
-// transposition of P between the two products (movmatrix) is all that ever moves between threads.
+// Work is cut into shares of about as many keys each, one after the other over all heads of all caches; a cluster of blocks
+// takes a share (one block where there are no clusters, and where heads are many). Each warp has its own way through the
+// share's tiles of 16 keys, and a ring of stages in shared memory that the keys, values and log weights of its coming tiles
+// travel to, asynchronously and across the border from head to head: descriptions of heads, queries and tiles are all asked
+// for before they are needed, the first tiles before anything else is known. Free slots are left out once their weights are
+// there.
 //
-// A warp takes 16 keys at a time with all their bytes in flight. Warps of a block merge through shared memory, blocks
-// (splits) through Head::partial: the last one to finish merges them in order, so equal calls give equal bits.
+// At the end of a head warps merge through shared memory, the blocks of a cluster through each other's, and shares through
+// Head::partial: the last one to finish merges them.
 #include <algorithm>
-#include <limits>
-#include <type_traits>
 
-#include "src/cuda/device.cuh"
-#include "src/cuda/kernels.h"
+#include "src/cuda/attend.cuh"
+#include "src/cuda/attend_merge.cuh"
+#include "src/cuda/attend_tile.cuh"
 
 namespace express::cuda {
 namespace {
 
-constexpr int kWarps = 4;
-constexpr int kThreads = kWarps * kWarp;
-constexpr int kTile = 16;    // keys of a warp at a time
-constexpr int kQueries = 8;  // columns of a product
-constexpr int kSplitUnit = kTile * kWarps;
-// Blocks of a multiprocessor, and whether the registers of so many take two tiles per warp.
-constexpr int kResident = 2;
-template <int kKeyDim, int kTiles>
-inline constexpr bool kAhead = kKeyDim <= 128 && kTiles == 1;
-constexpr int64_t kMostSplits = 64;
-constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
-// Logits beyond this count as this, as on the CPU: differences must not overflow.
-constexpr float kLargestLogit = 1e38f;
-
-struct Launch {
-  AttendArgs args;
-  int32_t first_row, rows;  // of tokens * group
-  int32_t split;            // keys of one block
-};
-
-__device__ __forceinline__ uint4 LoadStream(const void* from) {
-  uint4 x;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "l"(from));
-  return x;
-}
-
-__device__ __forceinline__ uint32_t TransposeMatrix(uint32_t x) {
-  uint32_t y;
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));
-  return y;
-}
-
-// Elements [at, at + 8) of a query row, in the slab's type.
-template <class T, class From>
-__device__ uint4 ConvertQuery(const From* from) {
-  float x[8];
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = ToFloat(from[i]);
-  return make_uint4(Pack<T>(x[0], x[1]), Pack<T>(x[2], x[3]), Pack<T>(x[4], x[5]), Pack<T>(x[6], x[7]));
-}
-template <class T>
-__device__ uint4 LoadQuery(const void* row, DType dtype, int32_t at) {
-  if (dtype == DType::kF32) {
-    const auto* from = reinterpret_cast<const float4*>(static_cast<const float*>(row) + at);
-    const float4 pieces[2] = {from[0], from[1]};
-    return ConvertQuery<T>(reinterpret_cast<const float*>(pieces));
-  }
-  const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const Half*>(row) + at);
-  if (dtype == (std::is_same_v<T, Half> ? DType::kF16 : DType::kBF16)) return raw;
-  if (dtype == DType::kF16) return ConvertQuery<T>(reinterpret_cast<const Half*>(&raw));
-  return ConvertQuery<T>(reinterpret_cast<const BFloat16*>(&raw));
-}
-
-__device__ const void* QueryRow(const Launch& launch, int32_t row, int64_t cache, int32_t kv_head) {
-  const AttendArgs& a = launch.args;
-  const int64_t r = launch.first_row + row;
-  const int64_t at = cache * a.q_cache_stride + r / a.group * a.q.row_stride +
-                     (int64_t{kv_head} * a.group + r % a.group) * a.q.head_stride;
-  return static_cast<const char*>(a.q.data) + at * SizeOf(a.q.dtype);
-}
-
-__device__ void StoreOut(const Launch& launch, int32_t row, int64_t cache, int32_t kv_head, int32_t dim, float x) {
-  const AttendArgs& a = launch.args;
-  const int64_t r = launch.first_row + row;
-  const int64_t at = cache * a.out_cache_stride + r / a.group * a.out.row_stride +
-                     (int64_t{kv_head} * a.group + r % a.group) * a.out.head_stride + dim;
-  if (a.out.dtype == DType::kF32)
-    static_cast<float*>(a.out.data)[at] = x;
-  else if (a.out.dtype == DType::kF16)
-    FromFloat(x, static_cast<Half*>(a.out.data) + at);
-  else
-    FromFloat(x, static_cast<BFloat16*>(a.out.data) + at);
-}
-
-__device__ void StoreLse(const Launch& launch, int32_t row, int64_t cache, int32_t kv_head, float lse) {
-  const AttendArgs& a = launch.args;
-  if (a.lse == nullptr) return;
-  const int64_t r = launch.first_row + row;
-  a.lse[cache * a.lse_cache_stride + r / a.group * a.lse_row_stride +
-        (int64_t{kv_head} * a.group + r % a.group) * a.lse_head_stride] = lse;
-}
-
-// Softmax states of `count` parts of a row, merged in order: weight of part i is exp2(max_i - max) / sum. state: max and sum
-// of part i at state[i * stride] and one behind. Everything in base 2.
-struct Merged {
-  float max = kMinusInfinity, sum = 0;
-  __device__ void Add(float m, float s) {
-    if (m == kMinusInfinity) return;
-    const float top = fmaxf(max, m);
-    sum = sum * Exp2(max - top) + s * Exp2(m - top);
-    max = top;
-  }
-  __device__ float Inverse() const { return sum > 0 ? 1.0f / sum : 0.0f; }
-  __device__ float Lse() const { return sum > 0 ? (max + log2f(sum)) / kLog2E : kMinusInfinity; }
-};
-
-// What the warps of a block have: out (warps, rows, value_dim), not normalised, and state (warps, rows, 2) in shared memory.
-// Writes the block's partial result, or, with one split, the result; the last block merges all splits, with (rows, splits)
-// floats of scratch, which may be the memory of `out`.
-__device__ void Finish(const Launch& launch, const Head& head, const float* out, const float* state, int32_t splits,
-                       float* scratch) {
-  const int32_t rows = launch.rows, dim = launch.args.value_dim, thread = static_cast<int32_t>(threadIdx.x);
-  const auto kv_head = static_cast<int32_t>(blockIdx.y);
-  const int64_t cache = blockIdx.z;
-  __shared__ float weight[kWarps][kPartialRows];
-  __shared__ Merged merged[kPartialRows];
-  __shared__ bool last;
-  if (thread < rows) {
-    Merged m;
-    for (int w = 0; w < kWarps; ++w) m.Add(state[(w * rows + thread) * 2], state[(w * rows + thread) * 2 + 1]);
-    for (int w = 0; w < kWarps; ++w) {
-      const float max = state[(w * rows + thread) * 2];
-      weight[w][thread] = max == kMinusInfinity ? 0 : Exp2(max - m.max);
-    }
-    merged[thread] = m;
-    if (splits == 1) StoreLse(launch, thread, cache, kv_head, m.Lse());
-  }
-  __syncthreads();
-  float* partial = head.partial + int64_t{blockIdx.x} * kPartialRows * (dim + 2);
-  for (int32_t i = thread; i < rows * dim; i += kThreads) {
-    const int32_t row = i / dim;
-    float sum = 0;
-    for (int w = 0; w < kWarps; ++w)
-      if (weight[w][row] != 0) sum += weight[w][row] * out[w * rows * dim + i];
-    if (splits == 1)
-      StoreOut(launch, row, cache, kv_head, i - row * dim, sum * merged[row].Inverse());
-    else
-      partial[row * (dim + 2) + i - row * dim] = sum;
-  }
-  if (splits == 1) return;
-  if (thread < rows) {
-    partial[thread * (dim + 2) + dim] = merged[thread].max;
-    partial[thread * (dim + 2) + dim + 1] = merged[thread].sum;
-  }
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) last = atomicAdd(head.ticket, 1) == splits - 1;
-  __syncthreads();
-  if (!last) return;
-  __threadfence();
-  const auto at = [&](int32_t split, int32_t row) {
-    return head.partial + (int64_t{split} * kPartialRows + row) * (dim + 2);
-  };
-  // A warp per row: its splits' states, and what each split counts in the row's result.
-  float* share = scratch;  // (rows, splits)
-  for (int32_t row = thread / kWarp; row < rows; row += kWarps) {
-    Merged m;
-    for (int32_t s = thread % kWarp; s < splits; s += kWarp)
-      m.Add(__ldcg(at(s, row) + dim), __ldcg(at(s, row) + dim + 1));
-    const float top = WarpReduce(m.max, [](float x, float y) { return fmaxf(x, y); });
-    float sum = m.max == kMinusInfinity ? 0 : m.sum * Exp2(m.max - top);
-    sum = WarpReduce(sum, [](float x, float y) { return x + y; });
-    const Merged all{top, sum};
-    for (int32_t s = thread % kWarp; s < splits; s += kWarp) {
-      const float max = __ldcg(at(s, row) + dim);
-      share[row * splits + s] = max == kMinusInfinity ? 0 : Exp2(max - top) * all.Inverse();
-    }
-    if (thread % kWarp == 0) StoreLse(launch, row, cache, kv_head, all.Lse());
-  }
-  __syncthreads();
-  for (int32_t i = thread; i < rows * dim; i += kThreads) {
-    const int32_t row = i / dim;
-    const float* from = head.partial + row * (dim + 2) + i - row * dim;
-    float sum = 0;
-    for (int32_t s = 0; s < splits; s += 8) {
-      float x[8];
-#pragma unroll
-      for (int32_t j = 0; j < 8; ++j)
-        x[j] = s + j < splits ? __ldcg(from + int64_t{s + j} * kPartialRows * (dim + 2)) : 0;
-#pragma unroll
-      for (int32_t j = 0; j < 8; ++j)
-        if (s + j < splits && share[row * splits + s + j] != 0) sum += share[row * splits + s + j] * x[j];
-    }
-    StoreOut(launch, row, cache, kv_head, i - row * dim, sum);
-  }
-  if (thread == 0) *head.ticket = 0;
-}
-
-// ---- 16-bit slabs ----
-
-// One warp's share: kTiles column tiles of 8 queries.
-template <class T, int kKeyDim, int kValueDim, int kTiles>
-struct WarpState {
-  static constexpr int kPieces = (kKeyDim / 8 + 3) / 4;  // 16-byte pieces of a key per thread
-  static constexpr int kGroups = (kValueDim + 63) / 64;  // of 64 dims of a value
-  uint4 q[kTiles][kPieces];                              // of query g
-  float out[kTiles][kGroups][4][4];                      // O^T: row tile j of the group
-  float max[kTiles][2], sum[kTiles][2];                  // of queries 2t, 2t + 1; base 2
-  int g, t;
-
-  static __device__ bool HasPiece(int piece) { return kKeyDim % 32 == 0 || piece < kKeyDim / 8; }
-  __device__ bool HasGroup(int group) const { return kValueDim % 64 == 0 || 64 * group + 8 * g < kValueDim; }
-
-  __device__ void Begin(const Launch& launch, int64_t cache, int32_t kv_head) {
-    g = static_cast<int>(threadIdx.x % kWarp / 4), t = static_cast<int>(threadIdx.x % 4);
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) {
-      const int row = n * kQueries + g;
-#pragma unroll
-      for (int i = 0; i < kPieces; ++i)
-        q[n][i] = row < launch.rows && HasPiece(t + 4 * i)
-                      ? LoadQuery<T>(QueryRow(launch, row, cache, kv_head), launch.args.q.dtype, 8 * (t + 4 * i))
-                      : make_uint4(0, 0, 0, 0);
-      max[n][0] = max[n][1] = kMinusInfinity;
-      sum[n][0] = sum[n][1] = 0;
-#pragma unroll
-      for (int v = 0; v < kGroups; ++v)
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-#pragma unroll
-          for (int x = 0; x < 4; ++x) out[n][v][j][x] = 0;
-    }
-  }
-
-  // The bytes of 16 keys on their way.
-  struct Flight {
-    float weight[2];  // log weights of keys g, g + 8
-    uint4 k[2][kPieces], v[4][kGroups];
-  };
-
-  // 16 keys from `first` on; own_weight: log weight of key first + lane for lanes below 16, -inf for a free slot.
-  __device__ __forceinline__ void Load(const T* key, const T* value, int64_t first, float own_weight,
-                                       Flight& flight) const {
-    auto& [weight, k, v] = flight;
-    float value_weight[4];
-#pragma unroll
-    for (int i = 0; i < 2; ++i) weight[i] = __shfl_sync(0xFFFFFFFFu, own_weight, g + 8 * i);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) value_weight[i] = __shfl_sync(0xFFFFFFFFu, own_weight, 2 * t + i % 2 + i / 2 * 8);
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const T* row = key + (first + g + 8 * i) * kKeyDim;
-#pragma unroll
-      for (int p = 0; p < kPieces; ++p)
-        k[i][p] = weight[i] != kMinusInfinity && HasPiece(t + 4 * p) ? LoadStream(row + 8 * (t + 4 * p))
-                                                                     : make_uint4(0, 0, 0, 0);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const T* row = value + (first + 2 * t + i % 2 + i / 2 * 8) * kValueDim;
-#pragma unroll
-      for (int p = 0; p < kGroups; ++p)
-        v[i][p] = value_weight[i] != kMinusInfinity && HasGroup(p) ? LoadStream(row + 64 * p + 8 * g)
-                                                                   : make_uint4(0, 0, 0, 0);
-    }
-  }
-
-  __device__ __forceinline__ void Compute(const Flight& flight, float scale, float exponent) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n) Column(n, flight.k, flight.v, flight.weight, scale, exponent);
-  }
-
-  __device__ __forceinline__ void Column(int n, const uint4 (&k)[2][kPieces], const uint4 (&v)[4][kGroups],
-                                         const float (&weight)[2], float scale, float exponent) {
-    float s[4] = {0, 0, 0, 0};  // keys g, g, g + 8, g + 8 of queries 2t, 2t + 1, 2t, 2t + 1
-#pragma unroll
-    for (int p = 0; p < kPieces; ++p) {
-      const uint32_t a0[4] = {k[0][p].x, k[1][p].x, k[0][p].y, k[1][p].y};
-      const uint32_t a1[4] = {k[0][p].z, k[1][p].z, k[0][p].w, k[1][p].w};
-      Mma<T>(s, a0, q[n][p].x, q[n][p].y);
-      Mma<T>(s, a1, q[n][p].z, q[n][p].w);
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      s[i] = weight[i / 2] == kMinusInfinity ? kMinusInfinity
-                                             : fminf(fmaxf(s[i] * scale, -kLargestLogit), kLargestLogit) * kLog2E +
-                                                   exponent * weight[i / 2] * kLog2E;
-    float top[2] = {fmaxf(s[0], s[2]), fmaxf(s[1], s[3])};
-#pragma unroll
-    for (int offset = 4; offset < kWarp; offset *= 2)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) top[i] = fmaxf(top[i], __shfl_xor_sync(0xFFFFFFFFu, top[i], offset));
-    if (__any_sync(0xFFFFFFFFu, top[0] > max[n][0] || top[1] > max[n][1])) Rescale(n, top);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      s[i] = max[n][i % 2] == kMinusInfinity ? 0 : Exp2(s[i] - max[n][i % 2]);
-      sum[n][i % 2] += s[i];
-    }
-    const uint32_t p0 = TransposeMatrix(Pack<T>(s[0], s[1])), p1 = TransposeMatrix(Pack<T>(s[2], s[3]));
-#pragma unroll
-    for (int i = 0; i < kGroups; ++i) {
-      const uint32_t* rows[4] = {&v[0][i].x, &v[1][i].x, &v[2][i].x, &v[3][i].x};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t a[4] = {__byte_perm(rows[0][j], rows[1][j], 0x5410), __byte_perm(rows[0][j], rows[1][j], 0x7632),
-                               __byte_perm(rows[2][j], rows[3][j], 0x5410),
-                               __byte_perm(rows[2][j], rows[3][j], 0x7632)};
-        Mma<T>(out[n][i][j], a, p0, p1);
-      }
-    }
-  }
-
-  __device__ void Rescale(int n, const float (&top)[2]) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float next = fmaxf(max[n][i], top[i]);
-      const float factor = max[n][i] == kMinusInfinity ? 0 : Exp2(max[n][i] - next);
-      max[n][i] = next;
-      sum[n][i] *= factor;
-#pragma unroll
-      for (int v = 0; v < kGroups; ++v)
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          out[n][v][j][i] *= factor;
-          out[n][v][j][2 + i] *= factor;
-        }
-    }
-  }
-
-  // Into this warp's part of shared memory: to (rows, kValueDim), state (rows, 2).
-  __device__ void Store(int32_t rows, float* to, float* state) {
-#pragma unroll
-    for (int n = 0; n < kTiles; ++n)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        float total = sum[n][i];
-        for (int offset = 4; offset < kWarp; offset *= 2) total += __shfl_xor_sync(0xFFFFFFFFu, total, offset);
-        const int row = n * kQueries + 2 * t + i;
-        if (row >= rows) continue;
-        if (g == 0) {
-          state[2 * row] = max[n][i];
-          state[2 * row + 1] = total;
-        }
-#pragma unroll
-        for (int v = 0; v < kGroups; ++v)
-#pragma unroll
-          for (int j = 0; j < 4; ++j)
-            if (HasGroup(v)) {
-              to[row * kValueDim + 64 * v + 8 * g + 2 * j] = out[n][v][j][i];
-              to[row * kValueDim + 64 * v + 8 * g + 2 * j + 1] = out[n][v][j][2 + i];
-            }
-      }
-  }
-};
-
-// grid: (splits, KV heads, caches)
-template <class T, int kKeyDim, int kValueDim, int kTiles>
-__global__ __launch_bounds__(kThreads, kAhead<kKeyDim, kTiles>
-                                           ? kResident
-                                           : 1) void AttendKernel(const __grid_constant__ Launch launch) {
-  extern __shared__ __align__(16) float shared[];  // (warps, rows, value_dim), (warps, rows, 2)
-  const AttendArgs& args = launch.args;
-  const Head& head = args.heads[blockIdx.z][blockIdx.y];
-  const int32_t splits = max(1, static_cast<int32_t>(CeilDiv(head.capacity, launch.split)));
-  if (static_cast<int32_t>(blockIdx.x) >= splits) return;
-  const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
-  const int64_t end = min(static_cast<int64_t>(head.capacity), (int64_t{blockIdx.x} + 1) * launch.split);
-  WarpState<T, kKeyDim, kValueDim, kTiles> state;
-  state.Begin(launch, blockIdx.z, static_cast<int32_t>(blockIdx.y));
-  const auto weight_at = [&](int64_t first) {
-    return lane < kTile && first + lane < end ? head.log_weight[first + lane] : kMinusInfinity;
-  };
-  int64_t first = int64_t{blockIdx.x} * launch.split + warp * kTile;
-  float weight = weight_at(first), next = weight_at(first + kSplitUnit);
-  using State = WarpState<T, kKeyDim, kValueDim, kTiles>;
-  // The next 16 keys are on their way while these are computed; beyond the end nothing is read.
-  const auto load = [&](typename State::Flight& flight) {
-    state.Load(static_cast<const T*>(head.key), static_cast<const T*>(head.value), first, weight, flight);
-    first += kSplitUnit;
-    weight = next;
-    next = weight_at(first + kSplitUnit);
-  };
-  if constexpr (kAhead<kKeyDim, kTiles>) {
-    typename State::Flight even, odd;
-    load(even);
-    while (first - kSplitUnit < end) {
-      load(odd);
-      state.Compute(even, args.scale, args.exponent);
-      if (first - kSplitUnit >= end) break;
-      load(even);
-      state.Compute(odd, args.scale, args.exponent);
-    }
-  } else {
-    typename State::Flight flight;
-    while (first < end) {
-      load(flight);
-      state.Compute(flight, args.scale, args.exponent);
-    }
-  }
-  float* states = shared + kWarps * launch.rows * kValueDim;
-  state.Store(launch.rows, shared + warp * launch.rows * kValueDim, states + warp * launch.rows * 2);
-  __syncthreads();
-  Finish(launch, head, shared, states, splits, shared);
-}
-
-// ---- f32 slabs: one key of a warp at a time, on CUDA cores ----
-
-constexpr int kPlainRows = 4;
-constexpr int kMostDim = 256;
-
-__global__ __launch_bounds__(kThreads) void AttendPlainKernel(const __grid_constant__ Launch launch) {
-  extern __shared__ __align__(16) float shared[];
-  const AttendArgs& args = launch.args;
-  const Head& head = args.heads[blockIdx.z][blockIdx.y];
-  const int32_t splits = max(1, static_cast<int32_t>(CeilDiv(head.capacity, launch.split)));
-  if (static_cast<int32_t>(blockIdx.x) >= splits) return;
-  const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
-  constexpr int kEach = kMostDim / kWarp;
-  float q[kPlainRows][kEach], out[kPlainRows][kEach] = {}, max[kPlainRows], sum[kPlainRows] = {};
-#pragma unroll
-  for (int r = 0; r < kPlainRows; ++r) {
-    max[r] = kMinusInfinity;
-    const void* row = QueryRow(launch, min(r, launch.rows - 1), blockIdx.z, static_cast<int32_t>(blockIdx.y));
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int d = lane + kWarp * i;
-      q[r][i] = 0;
-      if (d < args.key_dim)
-        q[r][i] = args.q.dtype == DType::kF32   ? static_cast<const float*>(row)[d]
-                  : args.q.dtype == DType::kF16 ? ToFloat(static_cast<const Half*>(row)[d])
-                                                : ToFloat(static_cast<const BFloat16*>(row)[d]);
-    }
-  }
-  const int64_t begin = int64_t{blockIdx.x} * launch.split,
-                end = min(static_cast<int64_t>(head.capacity), begin + launch.split);
-  for (int64_t j = begin + warp; j < end; j += kWarps) {
-    const float weight = head.log_weight[j];
-    if (weight == kMinusInfinity) continue;
-    const float* key = static_cast<const float*>(head.key) + j * args.key_dim;
-    const float* value = static_cast<const float*>(head.value) + j * args.value_dim;
-    float k[kEach], v[kEach];
-#pragma unroll
-    for (int i = 0; i < kEach; ++i) {
-      const int d = lane + kWarp * i;
-      k[i] = d < args.key_dim ? key[d] : 0;
-      v[i] = d < args.value_dim ? value[d] : 0;
-    }
-#pragma unroll
-    for (int r = 0; r < kPlainRows; ++r) {
-      float dot = 0;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) dot = fmaf(q[r][i], k[i], dot);
-      dot = WarpReduce(dot, [](float a, float b) { return a + b; });
-      const float logit =
-          fminf(fmaxf(dot * args.scale, -kLargestLogit), kLargestLogit) * kLog2E + args.exponent * weight * kLog2E;
-      const float top = fmaxf(max[r], logit), factor = Exp2(max[r] - top), p = Exp2(logit - top);
-      max[r] = top;
-      sum[r] = sum[r] * factor + p;
-#pragma unroll
-      for (int i = 0; i < kEach; ++i) out[r][i] = out[r][i] * factor + p * v[i];
-    }
-  }
-  float* states = shared + kWarps * launch.rows * args.value_dim;
-#pragma unroll
-  for (int r = 0; r < kPlainRows; ++r) {
-    if (r >= launch.rows) continue;
-    const int row = warp * launch.rows + r;
-    if (lane == 0) {
-      states[2 * row] = max[r];
-      states[2 * row + 1] = sum[r];
-    }
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (lane + kWarp * i < args.value_dim) shared[row * args.value_dim + lane + kWarp * i] = out[r][i];
-  }
-  __syncthreads();
-  Finish(launch, head, shared, states, splits, shared);
-}
-
-// ---- launchers ----
-
-// As many splits of every head as fill whole rounds of resident blocks best, few rather than many: a split costs its start
-// and a partial result.
-int32_t SplitLength(const AttendArgs& args, int32_t multiprocessors) {
-  const int64_t heads = int64_t{args.caches} * args.kv_heads,
-                resident = int64_t{kResident} * std::max(1, multiprocessors);
-  const int64_t units = CeilDiv(args.max_capacity, kSplitUnit);
-  int64_t best = 1;
-  double best_cost = 0;
-  for (int64_t splits = 1; splits <= std::min(units, kMostSplits); ++splits) {
-    const auto rounds = static_cast<double>(CeilDiv(heads * splits, resident));
-    // In units of keys of one warp group: a block's own work, and what its beginning and end take.
-    const double cost =
-        rounds * (static_cast<double>(CeilDiv(units, splits)) + 2.0) + 0.05 * static_cast<double>(splits);
-    if (splits == 1 || cost < best_cost) best = splits, best_cost = cost;
-  }
-  return static_cast<int32_t>(CeilDiv(units, best) * kSplitUnit);
-}
-
-template <class Kernel>
-void Run(Kernel* kernel, const Launch& launch, cudaStream_t stream) {
-  const AttendArgs& args = launch.args;
-  const dim3 grid(static_cast<uint32_t>(std::max<int64_t>(1, CeilDiv(args.max_capacity, launch.split))),
-                  static_cast<uint32_t>(args.kv_heads), static_cast<uint32_t>(args.caches));
-  const int32_t splits = static_cast<int32_t>(grid.x);
-  const size_t shared =
-      static_cast<size_t>(launch.rows * std::max(kWarps * (args.value_dim + 2), splits)) * sizeof(float);
-  if (shared > 44 * 1024)
-    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
-  kernel<<<grid, kThreads, shared, stream>>>(launch);
-}
+// ---- the kernel ----
 
 template <class T, int kKeyDim, int kValueDim>
-void RunTiles(const Launch& launch, cudaStream_t stream) {
-  if (launch.rows <= kQueries)
-    Run(AttendKernel<T, kKeyDim, kValueDim, 1>, launch, stream);
-  else
-    Run(AttendKernel<T, kKeyDim, kValueDim, 2>, launch, stream);
+constexpr int64_t StageBytes() {
+  return Tile<T, kKeyDim, kValueDim>::kBytes + kTile * static_cast<int64_t>(sizeof(float));
 }
 
-template <class T>
-void RunDims(const Launch& launch, cudaStream_t stream) {
-  switch (launch.args.key_dim) {
-    case 64:
-      return RunTiles<T, 64, 64>(launch, stream);
-    case 80:
-      return RunTiles<T, 80, 80>(launch, stream);
-    case 96:
-      return RunTiles<T, 96, 96>(launch, stream);
-    case 128:
-      return RunTiles<T, 128, 128>(launch, stream);
-    case 192:
-      if (launch.args.value_dim == 128) return RunTiles<T, 192, 128>(launch, stream);
-      return RunTiles<T, 192, 192>(launch, stream);
-    default:
-      return RunTiles<T, 256, 256>(launch, stream);
+// grid: shares clusters of any size.
+template <class T, int kKeyDim, int kValueDim, int kTiles>
+__global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __grid_constant__ AttendLaunch launch) {
+  using Layout = Tile<T, kKeyDim, kValueDim>;
+  extern __shared__ __align__(
+      128) char shared[];  // MergeMemory; (warps, stages) tiles; (warps, stages, 16) log weights
+  auto& memory = *reinterpret_cast<MergeMemory<kValueDim>*>(shared);
+  const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
+  const int warps = static_cast<int>(blockDim.x / kWarp), stages = launch.stages;
+  const auto blocks = static_cast<int32_t>(ClusterSize()), rank = static_cast<int32_t>(ClusterRank());
+  char* tiles = shared + MergeMemory<kValueDim>::Bytes(warps);
+  float* weights = reinterpret_cast<float*>(tiles + warps * stages * Layout::kBytes) + warp * stages * kTile;
+  tiles += warp * stages * Layout::kBytes;
+  const int32_t index = static_cast<int32_t>(blockIdx.x) / blocks, first_tile = warp * blocks + rank,
+                step = warps * blocks;
+  Walk<T, kKeyDim, kValueDim> walk(launch, index, first_tile, step);
+  DependentsMayStart();
+  if (blocks > 1) ClusterArrive();
+  if (launch.prefetch) walk.Prefetch(stages);
+  WaitForKernelBefore();
+
+  // Asks for the walk's tile, unless it is known to be free.
+  const auto fetch = [&](int stage, bool live) {
+    if (walk.valid) {
+      const int keys = walk.Keys();
+      if (live) Layout::Copy(SharedAddress(tiles + stage * Layout::kBytes), walk.Key(), walk.Value(), keys);
+      float* to = weights + stage * kTile + lane;
+      if (lane < keys)
+        CopyAsync4(SharedAddress(to), walk.Weights() + lane);
+      else if (lane < kTile)
+        *to = kMinusInfinity;
+      walk.Advance();
+    }
+    CopyAsyncCommit();
+  };
+  for (int s = 0; s < stages; ++s) fetch(s, true);
+  float coming = walk.Weight(lane);
+  WarpState<T, kKeyDim, kValueDim, kTiles> state;
+  const Share &share = launch.shares[index], &next = launch.shares[index + 1];
+  int32_t capacity = share.capacity;
+  state.LoadQueries(launch, share.head);
+  int stage = 0;
+  uint32_t turn = 0;
+  for (int32_t head = share.head; walk.Has(head); ++head) {
+    state.Clear();
+    const bool first = head == share.head, last = head == next.head;
+    const int32_t end = last ? next.tile : static_cast<int32_t>(CeilDiv(capacity, kTile));
+    if (walk.Has(head + 1))
+      capacity = launch.args.heads[(head + 1) / launch.args.kv_heads][(head + 1) % launch.args.kv_heads].capacity;
+    for (int32_t tile = (first ? share.tile : 0) + first_tile; tile < end; tile += step) {
+      CopyAsyncWaitFor(stages - 1);
+      __syncwarp();
+      state.Compute(tiles + stage * Layout::kBytes, weights + stage * kTile, launch.args.scale, launch.args.exponent);
+      __syncwarp();
+      fetch(stage, __any_sync(0xFFFFFFFFu, coming != kMinusInfinity));
+      coming = walk.Weight(lane);
+      if (++stage == stages) stage = 0;
+    }
+    if (walk.Has(head + 1)) state.LoadQueries(launch, head + 1);
+    Finish(launch, state, memory, head, first ? share.split : 0, first ? share.splits : last ? next.splits : 1, turn);
   }
+}
+
+// ---- who takes which keys ----
+
+constexpr int32_t kShareTiles = 4;  // shares begin at multiples of so many tiles
+constexpr int32_t kShareKeys = kShareTiles * kTile;
+constexpr int64_t kMostSplits = 64;
+
+// What decides between ways to share the work, in microseconds and bytes, measured. A multiprocessor alone reads little more
+// than its part of the memory's bandwidth: all must have something to do.
+constexpr double kReadRate = 37e3, kMemoryRate = 30e3;  // per multiprocessor
+constexpr double kClusterTime = 0.6, kClusterBlockTime = 0.03, kSplitTime = 2.0;
+
+int32_t Units(int32_t capacity) { return static_cast<int32_t>(CeilDiv(capacity, kShareKeys)); }
+
+struct Work {
+  int64_t units = 0;
+  int32_t heads = 0, most_units = 0;
+};
+Work Measure(const AttendArgs& args, const Head* const* described) {
+  Work work{.units = 0, .heads = args.caches * args.kv_heads, .most_units = 0};
+  for (int32_t c = 0; c < args.caches; ++c)
+    for (int32_t g = 0; g < args.kv_heads; ++g) {
+      const int32_t units = Units(described[c][g].capacity);
+      work.units += units;
+      work.most_units = std::max(work.most_units, units);
+    }
+  return work;
+}
+
+struct Choice {
+  int cluster = 0;     // of 2^cluster blocks
+  bool whole = false;  // a head each
+};
+// What costs least.
+Choice Choose(const AttendArgs& args, const Work& work, const AttendMachine& machine) {
+  const double unit_bytes = static_cast<double>(kShareKeys) * (args.key_dim + args.value_dim) * 2;
+  const double total = static_cast<double>(work.units) * unit_bytes;
+  const double memory = total / (kMemoryRate * machine.multiprocessors);
+  Choice best;
+  double best_cost = 0;
+  for (int i = 0; i < AttendMachine::kClusterSizes; ++i) {
+    const int32_t clusters = machine.clusters[i];
+    if (clusters == 0) continue;
+    const double overhead = i == 0 ? 0 : kClusterTime + kClusterBlockTime * (1 << i);
+    const auto consider = [&](bool whole, int32_t shares, double bytes, double cost) {
+      const double rate = kReadRate * std::min<double>(1 << i, static_cast<double>(machine.multiprocessors) / shares);
+      cost += overhead + std::max(memory, bytes / rate);
+      if (best_cost == 0 || cost < best_cost) best = {i, whole}, best_cost = cost;
+    };
+    if (work.heads <= clusters) consider(true, work.heads, work.most_units * unit_bytes, 0);
+    consider(false, clusters, total / clusters, kSplitTime);
+  }
+  return best;
+}
+
+// Cuts the keys of all heads, one head after the other, into at most `most` shares of about as many each; where a head's end
+// is near, there. Returns how many.
+int32_t CutShares(const AttendArgs& args, const Head* const* described, const Work& work, bool whole, int32_t most,
+                  Share* shares) {
+  const auto head_at = [&](int32_t i) -> const Head& { return described[i / args.kv_heads][i % args.kv_heads]; };
+  const int64_t least = CeilDiv(work.most_units, kMostSplits - 4);  // so that splits of a head are not too many
+  int64_t left = work.units;
+  int32_t count = 0, head = 0, unit = 0;
+  while (head < work.heads) {
+    const Head& h = head_at(head);
+    shares[count++] = {h.key, h.value, h.log_weight, h.capacity, head, unit * kShareTiles, 0, 1};
+    if (whole) {
+      ++head;
+      continue;
+    }
+    const int64_t target = std::max(least, CeilDiv(left, std::max(1, most - count + 1)));
+    const int64_t near = std::max<int64_t>(1, target / 10);
+    int64_t taken = 0;
+    while (head < work.heads && taken < target) {
+      const int32_t rest = Units(head_at(head).capacity) - unit;
+      if (taken + rest <= target + near || count == most) {
+        taken += rest;
+        ++head, unit = 0;
+      } else if (taken > 0 && target - taken <= near) {
+        break;
+      } else {
+        unit += static_cast<int32_t>(target - taken);
+        taken = target;
+      }
+    }
+    left -= taken;
+  }
+  shares[count] = {nullptr, nullptr, nullptr, 0, work.heads, 0, 0, 1};
+  for (int32_t first = 1; first < count; ++first) {
+    if (shares[first].tile == 0) continue;
+    // Its head began in the share before.
+    int32_t end = first + 1;
+    while (end < count && shares[end].tile > 0 && shares[end].head == shares[first].head) ++end;
+    const int32_t begin = first - 1;
+    for (int32_t s = shares[begin].head == shares[first].head ? begin : first; s < end; ++s) {
+      shares[s].split = static_cast<int16_t>(s - begin);
+      shares[s].splits = static_cast<int16_t>(end - begin);
+    }
+    first = end - 1;
+  }
+  return count;
+}
+
+// Warps of a block and stages of a warp that fit into its shared memory: three stages at least, if there can be four warps,
+// and then as many warps as there can be.
+struct Ring {
+  int32_t warps, stages;
+};
+template <int kValueDim>
+Ring ChooseRing(int64_t bytes, int64_t stage_bytes, int32_t most_warps) {
+  const auto fit = [&](int32_t warps) {
+    const int64_t stages = (bytes - MergeMemory<kValueDim>::Bytes(warps)) / stage_bytes / warps;
+    return static_cast<int32_t>(std::clamp<int64_t>(stages, 0, kMostStages));
+  };
+  for (int32_t warps = most_warps; warps >= 4; --warps)
+    if (fit(warps) >= 3) return {warps, fit(warps)};
+  for (int32_t warps = std::min(4, most_warps); warps > 1; --warps)
+    if (fit(warps) >= 2) return {warps, fit(warps)};
+  return {1, std::max(1, fit(1))};
+}
+
+// ---- launches ----
+
+template <class T, int kKeyDim, int kValueDim, int kTiles>
+struct Kernel {
+  static constexpr auto* kFunction = AttendKernel<T, kKeyDim, kValueDim, kTiles>;
+  using Merge = MergeMemory<kValueDim>;
+  static constexpr int64_t kStage = StageBytes<T, kKeyDim, kValueDim>();
+
+  static cudaError_t Prepare(const AttendMachine& machine) {
+    int device = 0, bytes = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kFunction, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error == cudaSuccess && machine.compute_capability >= 90)
+      error = cudaFuncSetAttribute(kFunction, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    return error;
+  }
+  static void Run(AttendLaunch& launch, int32_t shares, int cluster, const AttendMachine& machine,
+                  cudaStream_t stream) {
+    const Ring ring = ChooseRing<kValueDim>(machine.shared_bytes, kStage, kMostWarps / machine.blocks);
+    launch.stages = ring.stages;
+    cudaLaunchAttribute attributes[2] = {};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<uint32_t>(shares) << cluster);
+    config.blockDim = dim3(static_cast<uint32_t>(ring.warps * kWarp));
+    config.dynamicSmemBytes = static_cast<size_t>(Merge::Bytes(ring.warps) + ring.warps * ring.stages * kStage);
+    config.stream = stream;
+    config.attrs = attributes;
+    if (cluster > 0) {
+      attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+      attributes[config.numAttrs++].val.clusterDim = {1u << cluster, 1, 1};
+    }
+    if (machine.dependent_launches) attributes[config.numAttrs++] = LaunchEarly();
+    cudaLaunchKernelEx(&config, kFunction, launch);
+  }
+};
+
+// body(kernel) with the kernel for these types, dims and rows.
+template <class T, int kKeyDim, int kValueDim, class Body>
+auto WithRows(int32_t rows, const Body& body) {
+  if (rows <= kQueries) return body(Kernel<T, kKeyDim, kValueDim, 1>());
+  return body(Kernel<T, kKeyDim, kValueDim, 2>());
+}
+template <class T, class Body>
+auto WithDims(int32_t key_dim, int32_t value_dim, int32_t rows, const Body& body) {
+  switch (key_dim) {
+    case 64:
+      return WithRows<T, 64, 64>(rows, body);
+    case 80:
+      return WithRows<T, 80, 80>(rows, body);
+    case 96:
+      return WithRows<T, 96, 96>(rows, body);
+    case 128:
+      return WithRows<T, 128, 128>(rows, body);
+    case 192:
+      if (value_dim == 128) return WithRows<T, 192, 128>(rows, body);
+      return WithRows<T, 192, 192>(rows, body);
+    default:
+      return WithRows<T, 256, 256>(rows, body);
+  }
+}
+template <class Body>
+auto WithKernel(DType dtype, int32_t key_dim, int32_t value_dim, int32_t rows, const Body& body) {
+  if (dtype == DType::kF16) return WithDims<Half>(key_dim, value_dim, rows, body);
+  return WithDims<BFloat16>(key_dim, value_dim, rows, body);
 }
 
 }  // namespace
@@ -548,21 +285,86 @@ bool AttendSupported(int32_t key_dim, int32_t value_dim) {
 }
 
 int32_t AttendMaxSplits(int32_t capacity) {
-  return static_cast<int32_t>(std::min(CeilDiv(capacity, kSplitUnit), kMostSplits));
+  return static_cast<int32_t>(std::min(CeilDiv(capacity, kShareKeys), kMostSplits));
 }
 
-void Attend(const AttendArgs& args, int32_t multiprocessors, cudaStream_t stream) {
-  Launch launch{args, 0, 0, SplitLength(args, multiprocessors)};
+cudaError_t DescribeAttend(int32_t device, int32_t blocks, AttendMachine* machine) {
+  int multiprocessors = 0, major = 0, minor = 0, shared = 0, all_shared = 0, driver = 0;
+  cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess)
+    error = cudaDeviceGetAttribute(&all_shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device);
+  if (error == cudaSuccess) error = cudaDriverGetVersion(&driver);
+  if (error != cudaSuccess) return error;
+  *machine = {.multiprocessors = multiprocessors,
+              .compute_capability = 10 * major + minor,
+              .blocks = blocks,
+              .shared_bytes = std::min(shared, all_shared / blocks - 1024),  // a block takes 1 KB by itself
+              .dependent_launches = major >= 9 && driver >= 12030,           // capturable from then on
+              .clusters = {std::min(multiprocessors * blocks, kMostShares)}};
+  if (major < 9) return cudaSuccess;
+  using Typical = Kernel<BFloat16, 128, 128, 1>;
+  error = Typical::Prepare(*machine);
+  for (int i = 1; i < AttendMachine::kClusterSizes && error == cudaSuccess; ++i) {
+    cudaLaunchAttribute size{};
+    size.id = cudaLaunchAttributeClusterDimension;
+    size.val.clusterDim = {1u << i, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(static_cast<uint32_t>(multiprocessors * blocks) << i);
+    config.blockDim = dim3(static_cast<uint32_t>(kMostWarps / blocks * kWarp));
+    config.dynamicSmemBytes = static_cast<size_t>(machine->shared_bytes);
+    config.attrs = &size;
+    config.numAttrs = 1;
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, Typical::kFunction, &config) != cudaSuccess) {
+      cudaGetLastError();  // such clusters are not to be had
+      clusters = 0;
+    }
+    machine->clusters[i] = std::min(clusters, kMostShares);
+  }
+  return error;
+}
+
+// With many heads to a block the end of one passes under the keys of another block's; a few long ones are spread wider.
+// Measured on an H100; in between one block is as good or better, and long rows need its memory.
+int32_t AttendBlocks(const AttendArgs& args, int32_t multiprocessors) {
+  const int32_t heads = args.caches * args.kv_heads;
+  const bool many = heads >= 4 * multiprocessors, few = 16 * heads <= multiprocessors && args.max_capacity >= 2048;
+  return (many || few) && args.key_dim + args.value_dim <= 256 ? 2 : 1;
+}
+
+cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const AttendMachine& machine) {
+  cudaError_t error = cudaSuccess;
+  if (dtype == DType::kF32) return error;
+  for (const int32_t rows : {1, kPartialRows})
+    if (error == cudaSuccess)
+      error = WithKernel(dtype, key_dim, value_dim, rows, [&](auto kernel) { return kernel.Prepare(machine); });
+  return error;
+}
+
+void Attend(const AttendArgs& args, const Head* const* described, const AttendMachine& machine, cudaStream_t stream) {
+  AttendLaunch launch;
+  launch.args = args;
+  launch.prefetch = machine.dependent_launches && machine.prefetch;
   const int32_t rows = args.tokens * args.group;
-  const int32_t at_once = args.dtype == DType::kF32 ? kPlainRows : kPartialRows;
+  const bool plain = args.dtype == DType::kF32;
+  const int32_t at_once = plain ? kPlainRows : kPartialRows;
+  int32_t shares = 0;
+  Choice choice;
+  if (!plain) {
+    const Work work = Measure(args, described);
+    choice = Choose(args, work, machine);
+    shares = CutShares(args, described, work, choice.whole, machine.clusters[choice.cluster], launch.shares);
+  }
   for (launch.first_row = 0; launch.first_row < rows; launch.first_row += at_once) {
     launch.rows = std::min(at_once, rows - launch.first_row);
-    if (args.dtype == DType::kF32)
-      Run(AttendPlainKernel, launch, stream);
-    else if (args.dtype == DType::kF16)
-      RunDims<Half>(launch, stream);
+    if (plain)
+      AttendPlain(launch, machine.multiprocessors, stream);
     else
-      RunDims<BFloat16>(launch, stream);
+      WithKernel(args.dtype, args.key_dim, args.value_dim, launch.rows,
+                 [&](auto kernel) { kernel.Run(launch, shares, choice.cluster, machine, stream); });
   }
 }
 

@@ -4,6 +4,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
 
 #include <cstdint>
 
@@ -105,6 +106,30 @@ __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// ---- kernels of a stream that are launched before the one before them is done (compute capability 9.0) ----
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+inline constexpr bool kHopper = true;
+#else
+inline constexpr bool kHopper = false;
+#endif
+
+// Lets the next kernel of the stream be launched.
+__device__ __forceinline__ void DependentsMayStart() {
+  if constexpr (kHopper) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+// Waits for the kernel before, and sees what it wrote. All threads of a kernel launched with LaunchEarly call this before they
+// touch what others write: so the end of a kernel is the end of all before it, too.
+__device__ __forceinline__ void WaitForKernelBefore() {
+  if constexpr (kHopper) asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+inline cudaLaunchAttribute LaunchEarly() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
 }
 
 template <class T, class F>

@@ -270,8 +270,11 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
   __shared__ float row[kMostDim];
   __shared__ float reduced[kWarps];
   __shared__ int32_t found[kWarps];
+  // Descriptions of heads never change: they may be read before the kernel before is done.
   const Head& head = args.heads[blockIdx.y][blockIdx.x];
   Ring& ring = args.rings[blockIdx.y][head.plan];
+  DependentsMayStart();
+  WaitForKernelBefore();
   const Worker<T, kPart> worker{args, head, shared, row, reduced, found};
   const auto layer = static_cast<int64_t>(blockIdx.x) / args.kv_heads,
              kv_head = static_cast<int64_t>(blockIdx.x) % args.kv_heads;
@@ -332,12 +335,19 @@ void Execute(const ExecuteArgs& args, cudaStream_t stream) {
   WithType(args.dtype, [&](auto type) {
     using T = decltype(type);
     const size_t shared = HalveSharedBytes<T>(args.key_dim, args.value_dim);
+    cudaLaunchAttribute early = LaunchEarly();
+    const cudaLaunchConfig_t config{.gridDim = grid,
+                                    .blockDim = dim3(kThreads),
+                                    .dynamicSmemBytes = args.part == Part::kRest ? 0 : shared,
+                                    .stream = stream,
+                                    .attrs = &early,
+                                    .numAttrs = args.launch_early ? 1u : 0u};
     if (args.part == Part::kAll)
-      ExecuteKernel<T, Part::kAll><<<grid, kThreads, shared, stream>>>(args);
+      cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kAll>, args);
     else if (args.part == Part::kHalvings)
-      ExecuteKernel<T, Part::kHalvings><<<grid, kThreads, shared, stream>>>(args);
+      cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kHalvings>, args);
     else
-      ExecuteKernel<T, Part::kRest><<<grid, kThreads, 0, stream>>>(args);
+      cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kRest>, args);
   });
 }
 

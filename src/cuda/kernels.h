@@ -67,6 +67,7 @@ struct ExecuteArgs {
   int32_t row[kMaxBatch];        // per cache: its row of k and v
   int32_t caches, layers, kv_heads, steps;
   Part part;
+  bool launch_early;  // AttendMachine::dependent_launches
   int32_t key_dim, value_dim;
   DType dtype;
   Rows k, v;
@@ -127,10 +128,27 @@ struct AttendArgs {
   int64_t lse_cache_stride, lse_row_stride, lse_head_stride;
   float scale, exponent;
 };
-// Splits of a head of `capacity` slots at most, and so the size of Head::partial.
 bool AttendSupported(int32_t key_dim, int32_t value_dim);
+// Splits of a head of `capacity` slots at most, and so the size of Head::partial.
 int32_t AttendMaxSplits(int32_t capacity);
-void Attend(const AttendArgs& args, int32_t multiprocessors, cudaStream_t stream);
+
+// A device, as far as attention is planned by it.
+struct AttendMachine {
+  static constexpr int kClusterSizes = 5;
+  int32_t multiprocessors, compute_capability;
+  int32_t blocks;                   // of a multiprocessor at once
+  int32_t shared_bytes;             // that a block may take
+  bool dependent_launches;          // kernels may be launched before the one before them is done, and wait themselves
+  bool prefetch = true;             // then first tiles go to the L2 before the wait
+  int32_t clusters[kClusterSizes];  // of 2^i blocks that run at once; 0: such clusters are not to be used
+};
+cudaError_t DescribeAttend(int32_t device, int32_t blocks, AttendMachine* machine);
+// How many blocks of a multiprocessor take this best: 1, or 2.
+int32_t AttendBlocks(const AttendArgs& args, int32_t multiprocessors);
+// On every device, before Attend with these types and dims. The device is the current one.
+cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const AttendMachine& machine);
+// described: what args.heads points to, on the host.
+void Attend(const AttendArgs& args, const Head* const* described, const AttendMachine& machine, cudaStream_t stream);
 
 // ---- spans of a prompt (span.cu): values of nodes, see src/plan/span.h; an entry's index as in PrefillHead ----
 
