@@ -12,6 +12,7 @@ import datetime
 import json
 import statistics
 import sys
+import time as clock
 
 import torch
 import torch.nn.functional as F
@@ -54,6 +55,24 @@ def seconds(run, repeats=5, warmup=2):
     return statistics.median(times)
 
 
+def both_seconds(run, repeats=5, warmup=2):
+    """Median times of run() on the device and on the host."""
+    device, host = [], []
+    for i in range(warmup + repeats):
+        torch.cuda.synchronize()
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        start = clock.perf_counter()
+        run()
+        taken = clock.perf_counter() - start
+        end.record()
+        end.synchronize()
+        if i >= warmup:
+            device.append(begin.elapsed_time(end) * 1e-3)
+            host.append(taken)
+    return statistics.median(device), statistics.median(host)
+
+
 def graph_seconds(run, repeats=30):
     """Median time of one replay of run() captured in a graph."""
     stream = torch.cuda.Stream()
@@ -92,35 +111,39 @@ def random_heads(n, heads, dim, seed):
 
 
 def prefill_rows(express, quick):
-    """A prompt through a few layers, one after the other as a model has them, per layer; `single_ms` is one layer alone, after which
-    the device has nothing to do: there the host's planning and launches show."""
+    """A prompt through a few layers, one after the other as a model has them, per layer; `single_ms` is one layer of a new cache
+    alone, after which the device has nothing to do: there the host's planning and launches show. `host_ms`: what a layer takes
+    of the host, of the layers in a row."""
     heads, dim, rows = 32, 128, []
-    print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method            ms    single  TFLOP/s  rel. error  budget block"
-          "  workspace MB")
-    for n in (2048, 4096, 8192, 32768, 131072) + (() if quick else (524288,)):
+    print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method            ms    single      host  TFLOP/s  rel. error"
+          "  budget block  workspace MB")
+    for n in (512, 1024, 2048, 4096, 8192, 32768, 131072) + (() if quick else (524288,)):
         layers, repeats = (1, 3) if n > 200000 else (4, 5)
         q, k, v = (random_heads(n, heads, dim, seed) for seed in (1, 2, 3))
         nhd = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
         exact = None
 
-        def report(method, time, single, flops, out, budget=None, block=None, workspace=None):
+        def report(method, time, single, host, flops, out, budget=None, block=None, workspace=None):
             error = 0.0 if exact is None else rel_error(out, exact)
-            rows.append({"n": n, "method": method, "ms": time * 1e3, "single_ms": single * 1e3, "tflops": flops / time / 1e12,
+            rows.append({"n": n, "method": method, "ms": time * 1e3, "single_ms": single * 1e3, "host_ms": host * 1e3, "tflops": flops / time / 1e12,
                          "rel_error": error, "budget": budget, "block": block, "workspace_bytes": workspace})
-            print(f"{n:7d}  {method:12s} {time * 1e3:9.3f} {single * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}"
+            print(f"{n:7d}  {method:12s} {time * 1e3:9.3f} {single * 1e3:9.3f} {host * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}"
                   + (f"  {budget:6d} {block:5d} {workspace / 1e6:8.1f}" if budget else ""))
 
         for name, backend in (("flash", FLASH), ("cudnn", CUDNN)):
             with sdpa_kernel(backend), torch.no_grad():
                 run = lambda: F.scaled_dot_product_attention(*nhd, is_causal=True)
                 out = run()[0].transpose(0, 1)
-                time = seconds(lambda: [run() for _ in range(layers)], *((1, 0) if layers == 1 else (repeats, 1))) / layers
+                time, host = both_seconds(lambda: [run() for _ in range(layers)], *((1, 0) if layers == 1 else (repeats, 1)))
                 single = time if layers == 1 else seconds(run, repeats, 1)
-            report(name, time, single, 2 * n * n * dim * heads, out)
+            report(name, time / layers, single, host / layers, 2 * n * n * dim * heads, out)
             exact = out if exact is None else exact
         for budget, block in ((1024, 128), (1024, 256), (1024, 512), (1024, 1024), (2048, 512), (4096, 512)):
-            cache = express.create(layers=layers, query_heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, budget=budget,
-                                   prefill_block=block)
+            def create():
+                return express.create(layers=layers, query_heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, budget=budget,
+                                      prefill_block=block)
+
+            cache = create()
             size = C.c_size_t()
             express.call("express_workspace_size", cache, C.c_int64(n), C.byref(size))
             scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")
@@ -128,26 +151,25 @@ def prefill_rows(express, quick):
             views = [C.byref(express.view(t)) for t in (q, k, v, out)]
             workspace = C.byref(Workspace(scratch.data_ptr(), size.value))
 
-            def measure(layers):
-                times = []
-                for i in range(repeats + 1):
-                    express.call("express_reset", cache)
-                    torch.cuda.synchronize()
-                    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    begin.record()
-                    for layer in range(layers):
-                        express.call("express_prefill", cache, C.c_int32(layer), *views, None, workspace)
-                    end.record()
-                    end.synchronize()
-                    times.append(begin.elapsed_time(end) * 1e-3 / layers)
-                return statistics.median(times[1:])
+            def prefill(cache, layers):
+                for layer in range(layers):
+                    express.call("express_prefill", cache, C.c_int32(layer), *views, None, workspace)
 
-            single = measure(1)
-            time = single if layers == 1 else measure(layers)
+            times = []
+            for i in range(repeats + 1):  # nothing is known of the prompt
+                first = create()
+                times.append(both_seconds(lambda: prefill(first, 1), 1, 0)[0])
+                express.call("express_destroy", C.byref(first))
+            single = statistics.median(times[1:])
+            times = []
+            for i in range(repeats + 1):
+                express.call("express_reset", cache)
+                times.append(both_seconds(lambda: prefill(cache, layers), 1, 0))
+            time, host = (statistics.median(t) / layers for t in zip(*times[1:]))
             # What the kernel computes: keys seen by each query, to within the block's triangle.
             seen = sum(min(b * block, budget) * min(block, n - b * block) + min(block, n - b * block) ** 2 / 2
                        for b in range((n + block - 1) // block))
-            report("express", time, single, 4 * dim * heads * seen, out, budget, block, size.value)
+            report("express", time, single, host, 4 * dim * heads * seen, out, budget, block, size.value)
             express.call("express_destroy", C.byref(cache))
             del scratch
         del q, k, v, nhd, exact, out

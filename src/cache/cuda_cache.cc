@@ -6,6 +6,7 @@
 #include <new>
 #include <utility>
 
+#include "src/cache/cuda_prompt.h"
 #include "src/cache/message.h"
 
 namespace express::cache {
@@ -28,15 +29,17 @@ cudaError_t SideStream::Create() {
   int least = 0, greatest = 0;
   cudaError_t error = cudaDeviceGetStreamPriorityRange(&least, &greatest);
   // Its short kernels go first: attention waits for them.
-  if (error == cudaSuccess) error = cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest);
-  for (cudaEvent_t* event : {&begun, &selected[0], &selected[1], &attended[0], &attended[1]})
+  for (cudaStream_t* side : {&stream, &graph})
+    if (error == cudaSuccess) error = cudaStreamCreateWithPriority(side, cudaStreamNonBlocking, greatest);
+  for (cudaEvent_t* event : {&begun, &admitted, &selected[0], &selected[1], &attended[0], &attended[1]})
     if (error == cudaSuccess) error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
   return error;
 }
 void SideStream::Destroy() {
-  for (const cudaEvent_t event : {begun, selected[0], selected[1], attended[0], attended[1]})
+  for (const cudaEvent_t event : {begun, admitted, selected[0], selected[1], attended[0], attended[1]})
     if (event != nullptr) cudaEventDestroy(event);
-  if (stream != nullptr) cudaStreamDestroy(stream);
+  for (const cudaStream_t side : {stream, graph})
+    if (side != nullptr) cudaStreamDestroy(side);
   *this = SideStream();
 }
 

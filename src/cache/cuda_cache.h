@@ -8,6 +8,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <memory>
 
 #include "src/cache/cache.h"
 #include "src/cuda/kernels.h"
@@ -41,10 +42,10 @@ struct DeviceTraits {
   cuda::AttendMachine attend[2] = {};  // with one block of a multiprocessor, with two
 };
 
-// A stream beside the caller's, for the selection of a prompt's entries, and the events that order the two.
+// Streams beside the caller's, for the selection of a prompt's entries, and the events that order them.
 struct SideStream {
-  cudaStream_t stream = nullptr;
-  cudaEvent_t begun = nullptr, selected[2] = {}, attended[2] = {};
+  cudaStream_t stream = nullptr, graph = nullptr;
+  cudaEvent_t begun = nullptr, admitted = nullptr, selected[2] = {}, attended[2] = {};
   cudaError_t Create();
   void Destroy();
 };
@@ -74,6 +75,8 @@ struct CudaParts {
   cuda::Ring* rings;       // device (plan_count)
   int32_t* slot_scratch;   // device (2, most budget): lists of slots and weights of an export
 };
+
+struct PromptHost;  // cuda_prompt.h
 
 class CudaCache final : public Cache {
  public:
@@ -156,7 +159,8 @@ class CudaCache final : public Cache {
   DeviceTraits traits_;
   cudaStream_t stream_;
   SideStream side_;
-  bool prepared_ = false;  // plans_saved holds the plans of before the prepared steps
+  std::unique_ptr<PromptHost> prompt_host_;  // once there was a prompt
+  bool prepared_ = false;                    // plans_saved holds the plans of before the prepared steps
 };
 
 }  // namespace express::cache

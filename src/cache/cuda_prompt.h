@@ -4,9 +4,14 @@
 // graph of nodes (src/plan/span.h) and the device computes which token every node is: scores and protected entries, then
 // samples and halvings by depth, over all KV heads. Keys and values stay where the caller has them; a query block reads
 // them through a list. The slabs are written once, at the end.
+//
+// Three streams work side by side: on one, the protected entries of a span are chosen; on one, the graph of the span before runs;
+// on the caller's, the queries of the span before that attend. Queries that see all tokens before them, because the cache
+// has room for all, wait for no selection.
 #ifndef EXPRESS_SRC_CACHE_CUDA_PROMPT_H_
 #define EXPRESS_SRC_CACHE_CUDA_PROMPT_H_
 
+#include <memory>
 #include <vector>
 
 #include "src/cache/cuda_cache.h"
@@ -15,13 +20,30 @@
 
 namespace express::cache {
 
+// What the host keeps from prompt to prompt of a cache. The layers of a model mostly have the same settings, and so the same plan
+// for a prompt: what was recorded for one layer serves the next.
+struct PromptHost {
+  struct Recording {
+    bool complete = false;
+    int64_t tokens = 0, block = 0;
+    std::vector<plan::Setting> settings;  // of the layer's plans
+    std::vector<char> before, after;      // their states
+    std::vector<plan::Span> spans;
+  };
+  plan::Span span;  // in work
+  Recording recording;
+  std::vector<char> state;
+};
+
 class PromptRun {
  public:
-  static constexpr int64_t kSpan = 32768;  // tokens
+  static constexpr int64_t kSpan = 32768;      // tokens
+  static constexpr int64_t kRecorded = 16384;  // prompts up to so many tokens are recorded
 
   // Of what a workspace for prompts up to `tokens` tokens is made. `block` 0: no attention.
   struct Shape {
     int64_t span, blocks;                           // of one span
+    int64_t parities;                               // spans whose graphs are there at once
     int64_t nodes, samples, halves, list, members;  // of a plan, of a span
   };
   static Shape ShapeOf(const Config& config, int64_t most_budget, int64_t tokens, int64_t block);
@@ -37,31 +59,38 @@ class PromptRun {
   void SetOutput(const OneShotOutput* output) { output_ = output; }
 
  private:
-  // Device memory.
-  struct Memory {
-    cuda::SpanPlan* plans;             // (plan_count)
-    cuda::SpanHead* span_heads;        // (2, kv_heads): by the parity of the span
-    cuda::AdmitHead* admit_heads;      // (kv_heads), by plan
-    cuda::PrefillHead* prefill_heads;  // (2, kv_heads): by parity
-    cuda::GatherHead* gather_heads;    // (kv_heads)
-    cuda::GatherHead* stage_heads;     // (kv_heads)
+  // Device memory. Of what one span reads while the next is prepared there are two, by the parity of the span.
+  struct GraphMemory {
+    cuda::SpanPlan* plans;  // (plan_count)
     cuda::SpanSample* samples;
     cuda::SpanHalve* halves;
     int32_t* list;
+    cuda::SpanItem* items;
     cuda::SpanMember* members;
+  };
+  struct Memory {
+    GraphMemory graph[2];
+    cuda::SpanHead* span_heads;        // (2, kv_heads): by the parity of the span
+    cuda::AdmitHead* admit_heads;      // (2, kv_heads): by parity, by plan
+    cuda::PrefillHead* prefill_heads;  // (2, kv_heads): by parity
+    cuda::PrefillHead* early_heads;    // (kv_heads): for blocks that see all before them
+    int32_t* zeros;                    // (blocks)
+    cuda::GatherHead* gather_heads;    // (kv_heads)
+    cuda::GatherHead* stage_heads;     // (kv_heads)
+    int32_t* ticket;
     cuda::SpanDepartures* departures;  // (plan_count)
     cuda::SpanStorePlan* store_plans;  // (plan_count)
     cuda::SpanStoreHead* store_heads;  // (kv_heads)
   };
   struct PlanMemory {
-    int32_t *heads, *sink_index, *old_tail, *slot_nodes, *snapshot_at, *code, *to;
+    int32_t *heads, *sink_index, *old_tail, *source, *slot_nodes, *snapshot_at, *code, *to;
     float* weights;
-    cuda::SpanBlock* blocks;
+    cuda::SpanBlock* blocks[2];
   };
   struct HeadMemory {
-    int32_t *values[2], *snapshots, *far_index[2], *far_count[2], *protected_index, *index, *to;
+    int32_t *values[2], *snapshots[2], *far_index[2], *far_count[2], *protected_index, *index, *to;
     float *far_bias[2], *scores, *run_means;
-    int32_t *source, *stage_index;
+    int32_t* stage_index;
     uint8_t* keep;
     char *halve_scratch, *stage_key, *stage_value;
     int64_t* stage_position;
@@ -73,17 +102,34 @@ class PromptRun {
   PlanState& plan(int32_t i) const { return cache_.plans_.plans[cache_.first_plan(layer_) + i]; }
   int32_t PlanOf(int32_t kv_head) const;
   const cuda::Head& head(int32_t kv_head) const;
+  // The plans.
+  void StartRecording();
+  void RecordSpan(int64_t tokens);
+  void KeepSpan();
+  void FinishPlans();
+  int64_t SpanEnd(int64_t first) const;
+
+  // Descriptions to the device.
   void Describe();
-  void RunSpan(int64_t first, int64_t tokens);
-  void SendSpan(int64_t first, int64_t tokens);
-  void LaunchAdmit(int32_t plan, int64_t departures);
-  void LaunchAttention(int64_t first, int64_t tokens);
+  void DescribePlan(int32_t plan, int64_t parities);
+  void DescribeHeads(int32_t parity);
+  void DescribeEarly();
+  void DescribeSpan(int64_t first);
+  void DescribeStore();
+  void ListEntries(int32_t plan);
+  void DescribeCopies(int32_t kv_head, int32_t count, bool plain);
+
+  void CountEarly();
+  bool Selects() const;
+  void Select();
+  void Admit(int32_t plan);
+  void Attend(const cuda::PrefillHead* heads, int64_t first, int64_t tokens, int64_t first_block, int64_t blocks);
+  void AttendSpan(int64_t first, int64_t tokens);
   cuda::SpanArgs Arguments() const;
   void Follow(cudaStream_t earlier, cudaEvent_t event, cudaStream_t later) const;
   int64_t FirstRow(int32_t plan) const;
-  Status Store();
-  void ListEntries(int32_t plan);
-  void DescribeCopies(int32_t kv_head, int32_t count);
+  bool fresh() const { return first_position_ == 0; }
+  void Store();
 
   CudaCache& cache_;
   int32_t layer_;
@@ -98,10 +144,14 @@ class PromptRun {
   Memory memory_{};
   std::vector<PlanMemory> plan_memory_;
   std::vector<HeadMemory> head_memory_;
-  cudaStream_t side_;  // where entries are selected
+  cudaStream_t side_;   // where descriptions go, and protected entries are chosen
+  cudaStream_t graph_;  // where graphs run
   cuda::Uploader uploader_;
-  plan::Span span_;
-  int64_t spans_ = 0;  // done
+  PromptHost* host_ = nullptr;
+  const plan::Span* span_ = nullptr;           // in work
+  bool recorded_ = false, recording_ = false;  // the prompt is in host_->recording; is to be put there
+  int64_t spans_ = 0;                          // done
+  int32_t early_ = 0;                          // blocks of the first span that see all before them
   // Per plan: what the call began with, and departures so far.
   struct Begin {
     std::vector<int32_t> old_tail;  // slots, oldest first
@@ -110,6 +160,12 @@ class PromptRun {
   std::vector<Begin> begin_;
   std::vector<std::vector<int32_t>> joined_;  // per plan: slots of the protected entries, in order
   std::vector<cuda::AdmitHead> admit_;        // (kv_heads), by plan
+  std::vector<cuda::SpanHead> span_heads_;    // (kv_heads)
+  std::vector<cuda::PrefillHead> prefill_heads_;
+  std::vector<cuda::SpanStoreHead> store_heads_;
+  std::vector<cuda::GatherHead> stage_heads_, gather_heads_;
+  int32_t most_entries_ = 0;  // of one plan, that are to be stored
+  bool store_lists_ = false;  // what is stored depends on the selection
   std::vector<cuda::SpanBlock> blocks_;
   std::vector<int32_t> ints_, more_ints_, ranks_;
   std::vector<float> floats_;

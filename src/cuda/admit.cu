@@ -18,7 +18,8 @@ constexpr uint32_t kAll = 0xFFFFFFFFu;
 
 // The entry that departs i departures after the call's first one.
 __device__ __forceinline__ int32_t DepartureIndex(const AdmitArgs& args, const AdmitHead& head, int64_t i) {
-  return i < args.source_count ? head.source[i] : static_cast<int32_t>(args.first_row + i - args.source_count);
+  return i < args.source_count ? head.source[args.source_begin + i]
+                               : static_cast<int32_t>(args.first_row + i - args.source_count);
 }
 
 // ---- scores ----
@@ -227,7 +228,6 @@ constexpr int kSelectWarps = kSelectThreads / kWarp;
 constexpr int kStage = 4096;  // scores that are fetched at a time
 constexpr int kStages = 3;    // of which so many are on their way or in hand
 constexpr int kQuads = kStage / (4 * kSelectThreads);
-constexpr int kGroup = 4 * kWarp;  // scores that a warp looks at together
 constexpr int kHeld = 8;
 constexpr int kSorted = kHeld * kWarp;     // weakest entries that are kept sorted
 constexpr int32_t kMostShared = 5 * 1024;  // protected entries that find room in shared memory
@@ -289,10 +289,11 @@ struct SelectionMemory {  // shared
   int32_t list_at[kSorted], sorted_at[kSorted];
   int32_t sums[2][kSelectWarps];
   int32_t listed;
-  uint32_t group_above[kStage / kGroup];
+  uint16_t candidates[kStage];  // of a stage, in order: scores that beat the weakest of then
   float weakest_score;
-  int64_t done;  // departures, by warp 0
+  int32_t done;  // candidates, by warp 0
 };
+static_assert(kStage <= 1 << 16);
 
 // The protected set of one head, by all threads of a block; only warp 0 replaces entries.
 class Selection {
@@ -336,10 +337,11 @@ class Selection {
 
   // Departures [begin, end) of the call, which lie in the stage from `stage_begin` on, compete with the full set.
   __device__ void Compete(int64_t stage_begin, const float* stage, int64_t begin, int64_t end) {
-    if (!AnyAbove(stage)) return;
-    for (int64_t at = begin; at < end;) {
+    const int32_t count =
+        Collect(stage, static_cast<int32_t>(begin - stage_begin), static_cast<int32_t>(end - stage_begin));
+    for (int32_t at = 0; at < count;) {
       if (thread_ < kWarp) {
-        const int64_t done = CompeteInOrder(stage_begin, stage, at, end);
+        const int32_t done = CompeteInOrder(static_cast<int32_t>(stage_begin), stage, at, count);
         if (thread_ == 0) memory_.done = done, memory_.weakest_score = weakest_.score();
       }
       __syncthreads();
@@ -360,63 +362,87 @@ class Selection {
     if (room() == 0) FillWeakest();
   }
 
-  // Which groups of the stage hold a score that beats the weakest of now: in others there is nothing to choose.
-  __device__ bool AnyAbove(const float* stage) const {
-    const auto* quads = reinterpret_cast<const float4*>(stage) + thread_;
+  // Lists who of the stage's [begin, end) beats the weakest of now: others have no chance. Returns how many.
+  __device__ int32_t Collect(const float* stage, int32_t begin, int32_t end) {
+    constexpr int32_t kOwn = kStage / kSelectThreads;
     const float weakest = memory_.weakest_score;
-    bool any = false;
+    const int32_t first = thread_ * kOwn;
+    uint32_t above = 0;
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const float4 s = quads[q * kSelectThreads];
-      const bool above = fmaxf(fmaxf(s.x, s.y), fmaxf(s.z, s.w)) > weakest;
-      const uint32_t lanes = __ballot_sync(kAll, above);
-      if (thread_ % kWarp == 0) memory_.group_above[q * kSelectWarps + thread_ / kWarp] = lanes;
-      any |= lanes != 0;
+    for (int32_t q = 0; q < kOwn / 4; ++q) {
+      const float4 s = reinterpret_cast<const float4*>(stage + first)[q];
+      above |=
+          static_cast<uint32_t>((s.x > weakest) | (s.y > weakest) << 1 | (s.z > weakest) << 2 | (s.w > weakest) << 3)
+          << 4 * q;
     }
-    return __syncthreads_or(any);
+    if (begin > first) above &= begin - first < kOwn ? kAll << (begin - first) : 0;
+    if (end < first + kOwn) above &= end > first ? ~(kAll << (end - first)) : 0;
+    int32_t before = __popc(above);
+#pragma unroll
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int32_t less = __shfl_up_sync(kAll, before, offset);
+      if (thread_ % kWarp >= offset) before += less;
+    }
+    int32_t(&sums)[kSelectWarps] = memory_.sums[parity_ ^= 1];
+    if (thread_ % kWarp == kWarp - 1) sums[thread_ / kWarp] = before;
+    __syncthreads();
+    int32_t all = 0;
+    before -= __popc(above);
+#pragma unroll
+    for (int w = 0; w < kSelectWarps; ++w) {
+      before += w < thread_ / kWarp ? sums[w] : 0;
+      all += sums[w];
+    }
+    for (; above != 0; above &= above - 1)
+      memory_.candidates[before++] = static_cast<uint16_t>(first + __ffs(static_cast<int>(above)) - 1);
+    __syncthreads();
+    return all;
   }
 
-  // By warp 0: one departure after the other, up to `end` or until none of the weakest is left. Returns how far it came.
-  __device__ int64_t CompeteInOrder(int64_t stage_begin, const float* stage, int64_t begin, int64_t end) {
-    static_assert(kStage / kGroup == kWarp);
-    for (uint32_t groups = __ballot_sync(kAll, memory_.group_above[thread_] != 0); groups != 0; groups &= groups - 1) {
-      const int group = __ffs(static_cast<int>(groups)) - 1;
-      const int64_t i = stage_begin + group * kGroup, own = i + 4 * thread_;
-      float4 s = reinterpret_cast<const float4*>(stage)[group * kWarp + thread_];
-      if (own < begin || own >= end) s.x = -1;
-      if (own + 1 < begin || own + 1 >= end) s.y = -1;
-      if (own + 2 < begin || own + 2 >= end) s.z = -1;
-      if (own + 3 < begin || own + 3 >= end) s.w = -1;
-      const int last = CompeteGroup(i, s);
-      if (last >= 0) return i + last + 1;
+  // By warp 0: candidates one after the other, up to `end` or until none of the weakest is left. Returns how far it came.
+  __device__ int32_t CompeteInOrder(int32_t stage_begin, const float* stage, int32_t begin, int32_t end) {
+    for (int32_t at = begin; at < end; at += kWarp) {
+      const bool valid = at + thread_ < end;
+      const int32_t own = valid ? memory_.candidates[at + thread_] : 0;
+      const float score = valid ? stage[own] : -1;
+      uint32_t above = __ballot_sync(kAll, score > weakest_.score());
+      while (above != 0) {
+        const int source = __ffs(static_cast<int>(above)) - 1;
+        const float winner = __shfl_sync(kAll, score, source);
+        const int32_t i = stage_begin + __shfl_sync(kAll, own, source);
+        if (thread_ == swaps_) swap_ = {i, weakest_.at(), winner};
+        if (++swaps_ == kWarp) Swap();
+        weakest_.Replace(winner);
+        if (weakest_.empty()) {
+          Swap();
+          return at + source + 1;
+        }
+        above = __ballot_sync(kAll, score > weakest_.score()) & (0xFFFFFFFEu << source);  // it only gets stronger
+      }
     }
+    Swap();
     return end;
   }
 
-  // Four departures of every lane, lane after lane. Returns which one drove out the last of the weakest, or -1.
-  __device__ int CompeteGroup(int64_t i, const float4& score) {
-    const float most = fmaxf(fmaxf(score.x, score.y), fmaxf(score.z, score.w));
-    uint32_t above = __ballot_sync(kAll, most > weakest_.score());
-    while (above != 0) {
-      const int source = __ffs(static_cast<int>(above)) - 1;
-      const float four[4] = {__shfl_sync(kAll, score.x, source), __shfl_sync(kAll, score.y, source),
-                             __shfl_sync(kAll, score.z, source), __shfl_sync(kAll, score.w, source)};
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (!(four[j] > weakest_.score())) continue;
-        if (thread_ == 0) Swap(i + 4 * source + j, four[j]);
-        weakest_.Replace(four[j]);
-        if (weakest_.empty()) return 4 * source + j;
+  // By warp 0: lane l < swaps_ has one, in their order; a protected place may have several.
+  __device__ void Swap() {
+    const bool valid = thread_ < swaps_;
+    const uint32_t lanes = __ballot_sync(kAll, valid);
+    if (valid) {
+      const uint32_t same = __match_any_sync(lanes, swap_.at);
+      const uint32_t before = same & ((1u << thread_) - 1), after = same >> thread_ >> 1;
+      const int32_t entry = DepartureIndex(args_, head_, swap_.departure);
+      const int32_t last = __shfl_sync(lanes, entry, before != 0 ? 31 - __clz(static_cast<int>(before)) : thread_);
+      const int32_t held = entry_[swap_.at];
+      head_.loser[swap_.departure] = before != 0 ? last : held;
+      __syncwarp(lanes);
+      if (after == 0) {
+        entry_[swap_.at] = entry;
+        score_[swap_.at] = swap_.score;
       }
-      above = __ballot_sync(kAll, most > weakest_.score()) & (0xFFFFFFFEu << source);  // the weakest only gets stronger
     }
-    return -1;
-  }
-  __device__ void Swap(int64_t i, float score) const {
-    const int32_t at = weakest_.at();
-    head_.loser[i] = entry_[at];
-    entry_[at] = DepartureIndex(args_, head_, i);
-    score_[at] = score;
+    __syncwarp();
+    swaps_ = 0;
   }
 
   // The weakest entries of the full set, sorted: the lowest scores, among equals the youngest.
@@ -494,6 +520,12 @@ class Selection {
   int32_t* entry_;  // (protect)
   int32_t count_ = 0;
   Weakest weakest_;  // of warp 0
+  struct OneSwap {
+    int32_t departure, at;
+    float score;
+  };
+  OneSwap swap_{};  // of warp 0
+  int32_t swaps_ = 0;
   mutable int parity_ = 0;
   const int32_t thread_ = static_cast<int32_t>(threadIdx.x);
 };

@@ -177,18 +177,19 @@ struct SpanPlan {             // device memory
   const int32_t* heads;       // (head_count): KV heads of the layer
   const int32_t* sink_index;  // (sinks): entries
   const int32_t* old_tail;    // slots of the exact tail when the call began, oldest first
+  const int32_t* source;      // (old tail): the same as entries
   const SpanBlock* blocks;    // (blocks)
   const int32_t* slot_nodes;  // (budget): at the end of the span before, or of this one; kNoNode: none
   int32_t head_count, budget;
 };
 inline constexpr int32_t kNoNode = -1;
-struct SpanHead {        // device memory
-  const void* slab_key;  // as in PrefillHead
+inline constexpr int32_t kUnknown = INT32_MIN;  // the value of a node before it is computed
+struct SpanHead {                               // device memory
+  const void* slab_key;                         // as in PrefillHead
   const void* slab_value;
   int32_t* values;           // (nodes): of this span
   const int32_t* previous;   // (nodes): of the span before
   const int32_t* snapshots;  // (blocks, protect), as in AdmitHead
-  const int32_t* source;     // as in AdmitHead
   int32_t* far_index;        // as in PrefillHead
   float* far_bias;
   int32_t* far_count;
@@ -215,33 +216,49 @@ struct SpanArgs {
 // Bytes of scratch for lists of `list` entries in all.
 __host__ __device__ size_t SpanScratch(int64_t list);
 // Departure j of a span, of one plan: source[source_begin + j] while j < sources, then row first_row + j - sources.
+// `nodes`: of the span, departures and slots among them.
 struct SpanDepartures {
-  int64_t count, source_begin, sources, first_row;
+  int64_t count, source_begin, sources, first_row, nodes;
 };
-// Values of the slots, and of the departures where nothing is protected. departures: (plan_count), device memory; at most
-// `most_values` of both for any plan.
-void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int64_t most_values, cudaStream_t stream);
-// Samples [sample_begin, sample_end).
-void SpanSamples(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, cudaStream_t stream);
-// Halvings [begin, end), all of one class: up to kSpanClasses[c] entries, class 3 more. None may depend on another.
+// Values of the slots, and of the departures where nothing is protected; all later nodes are unknown from then on.
+// departures: (plan_count), device memory; at most `most_nodes` for any plan. ticket: SpanGraph's, made zero.
+void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int32_t* ticket, int64_t most_nodes,
+               cudaStream_t stream);
+
+// Work of one block of threads, for one head: operations [begin, begin + count) of one kind, none of which depends on another
+// of them. Kinds below kSpanSample are classes of halvings: lists of up to kSpanClasses[kind] entries, 3: more.
+struct SpanItem {
+  int32_t begin;
+  int16_t kind, count;
+};
 inline constexpr int32_t kSpanClasses[3] = {2, 16, 64};
-void SpanHalvings(const SpanArgs& args, int64_t begin, int64_t end, int32_t length_class, cudaStream_t stream);
-// The far lists of blocks [0, blocks).
-void SpanFar(const SpanArgs& args, int32_t blocks, cudaStream_t stream);
+inline constexpr int16_t kSpanSample = 4;
+inline constexpr int16_t kSpanTogether[5] = {128, 4, 1, 1, 4};  // of each kind at most, in one item
+// All operations of a span, and then the far lists of prompt blocks [first_block, blocks), the first of them as list 0; in one
+// launch: whoever needs a value waits for it. An operation stands behind those that it depends on.
+struct SpanGraph {
+  const SpanItem* items;  // (item_count), device memory
+  int32_t item_count;
+  int32_t first_block, blocks;
+  bool long_lists;  // there are some of class 3
+  int32_t* ticket;  // device memory
+};
+void SpanRun(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream);
 
 // What becomes of the span's end: task i of a plan is node code[i] (i < nodes), protected entry code[i] (i < nodes +
-// protects), or entry code[i]; it goes to row to[i]. index: the entries, for GatherHead; where slabs are written in place,
+// protects), or entry code[i]; it goes to row to[i], and a protected one from before the call (code below protected_before)
+// to its slot. index: the entries, for GatherHead; where slabs are written in place,
 // entries that stay become kSkip, and those that move from slot to slot go by stage_index to row i of a staging slab, which
 // index then refers to.
 struct SpanStorePlan {  // device memory
   const int32_t* code;
   const int32_t* to;
-  int32_t nodes, protects, count;
+  int32_t nodes, protects, count, protected_before;
 };
 struct SpanStoreHead {  // device memory
   const int32_t* values;
   const int32_t* protected_index;
-  const int32_t* protected_slot;  // where not null: to of protected entries
+  int32_t* protected_slot;  // of the cache's head, brought up to date; null: copies go elsewhere, all of them to to[i]
   int32_t* index;
   int32_t* stage_index;  // null: copies go elsewhere
   int32_t* to;
@@ -316,7 +333,7 @@ void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multip
 // ---- protected entries of a prompt (admit.cu) ----
 
 // Departure i (counted from the beginning of the stream) is an entry that leaves the exact tail; the entry of
-// departures first + i is source[i] while i < source_count, then row first_row + i - source_count.
+// departures first + i is source[source_begin + i] while i < source_count, then row first_row + i - source_count.
 // Indices mean what they mean in PrefillHead. What src/cpu/protect.cc does one by one, the same floats to the bit.
 struct AdmitHead {  // one KV head; device memory
   const void* slab_key;
@@ -326,7 +343,7 @@ struct AdmitHead {  // one KV head; device memory
   float* score;
   int32_t* protected_count;
   int32_t* protected_index;  // (protect): which entry each protected slot holds
-  const int32_t* source;     // (source_count)
+  const int32_t* source;     // (source_begin + source_count)
   float* scores;             // (count): scratch
   float* run_means;          // (count / 256 + 4, key_dim): scratch
   int32_t* loser;  // (count): the entry that goes on to the coreset after departure first + i; kSkip: none, it joined
@@ -346,6 +363,7 @@ struct AdmitArgs {
   int64_t first_position;      // of row 0
   const int32_t* snapshot_at;  // (snapshots), ascending, 0 .. count; device memory
   int32_t snapshots;
+  int64_t source_begin = 0;
 };
 // At a prompt's beginning: protected_index from the slots of the layer's heads.
 void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_heads, cudaStream_t stream);

@@ -297,6 +297,8 @@ class Consumer {
     if (tiles == 0) return false;
     const int32_t away = static_cast<int32_t>(work.z) + group_ * 64;  // of this warpgroup's rows
     const int32_t mine = min(tiles, (away + 63) / kKeys + 1);
+    // Of the last tile maybe only the first half is seen. Alike in all threads, and the compiler is told so.
+    const bool half = __shfl_sync(0xFFFFFFFFu, mine > 1 && away + 63 - (mine - 1) * kKeys < kKeys / 2, 0);
     const uint32_t query = SharedMatrix(memory_.Query(buffer) + static_cast<uint32_t>(group_) * 64 * 128, 0);
     ++jobs_;
     float out[kDim / 2], s[kKeys / 2], zero[2] = {kLowest, kLowest}, sum[2] = {0, 0}, factor[2];
@@ -305,10 +307,7 @@ class Consumer {
     for (float& x : out) x = 0;
 
     WaitFor(memory_.KeyFull(tiles_ % 2));
-    Bias(s);
-    ProductsBegin();
     Logits(query, s);
-    ProductsCommit();
     ProductsWait<0>();
     ProductsHold(s);
     Release(memory_.KeyEmpty(tiles_ % 2));
@@ -316,25 +315,21 @@ class Consumer {
     Raise(s, zero, sum, factor);
     Softmax(s, zero, sum);
     Convert(s, p);
-    for (int32_t tile = 1; tile < mine; ++tile) {
+    // The products of `tile`, as many keys as sums has room for, beside those of the tile before with its values.
+    const auto step = [&](int32_t tile, auto& sums) {
       const uint32_t before = tiles_ % 2, before_parity = tiles_ / 2 % 2;
       ++tiles_;
       WaitFor(memory_.KeyFull(tiles_ % 2));
-      Bias(s);
-      ProductsBegin();
-      Logits(query, s);
-      ProductsCommit();
+      Logits(query, sums);
       BarrierWait(memory_.ValueFull(before), before_parity);
       FenceForProducts();
-      ProductsBegin();
-      Accumulate(p, before, out);
-      ProductsCommit();
+      Accumulate<kKeys>(p, before, out);
       ProductsWait<1>();
-      ProductsHold(s);
+      ProductsHold(sums);
       Release(memory_.KeyEmpty(tiles_ % 2));
-      Mask(tile, away, s);
-      const bool raised = Raise(s, zero, sum, factor);
-      Softmax(s, zero, sum);
+      Mask(tile, away, sums);
+      const bool raised = Raise(sums, zero, sum, factor);
+      Softmax(sums, zero, sum);
       Here(sum);
       ProductsWait<0>();
       ProductsHold(out);
@@ -343,14 +338,16 @@ class Consumer {
 #pragma unroll
         for (int i = 0; i < kDim / 2; ++i) out[i] *= factor[i / 2 % 2];
       }
-      Convert(s, p);
+      Convert(sums, p);
+    };
+    const int32_t whole = half ? mine - 1 : mine;
+    for (int32_t tile = 1; tile < whole; ++tile) step(tile, s);
+    if (half) {
+      step(whole, reinterpret_cast<float(&)[kKeys / 4]>(s));
+      LastValues<kKeys / 2>(p, out);
+    } else {
+      LastValues<kKeys>(p, out);
     }
-    WaitFor(memory_.ValueFull(tiles_ % 2));
-    ProductsBegin();
-    Accumulate(p, tiles_ % 2, out);
-    ProductsCommit();
-    ProductsWait<0>();
-    ProductsHold(out);
     Release(memory_.ValueEmpty(tiles_ % 2));
     ++tiles_;
     for (int32_t tile = mine; tile < tiles; ++tile, ++tiles_) {  // what only later queries see
@@ -379,36 +376,54 @@ class Consumer {
   }
 
   // Where products begin: log weights.
-  __device__ __forceinline__ void Bias(float (&s)[kKeys / 2]) const {
+  template <int kCount>
+  __device__ __forceinline__ void Bias(float (&s)[kCount]) const {
     const uint32_t bias = memory_.Bias(tiles_ % 2) + lane_ % 4 * 8;
 #pragma unroll
-    for (uint32_t n = 0; n < kKeys / 8; ++n) {
+    for (uint32_t n = 0; n < kCount / 4; ++n) {
       const float2 b = LoadShared2(bias + n * 32);
       s[4 * n] = s[4 * n + 2] = b.x;
       s[4 * n + 1] = s[4 * n + 3] = b.y;
     }
   }
-  __device__ __forceinline__ void Logits(uint32_t query, float (&s)[kKeys / 2]) const {
+  // Logits of the first 2 kCount keys of the tile, and what is given out with values of the first kOf: each a batch of products.
+  template <int kCount>
+  __device__ __forceinline__ void Logits(uint32_t query, float (&s)[kCount]) const {
+    Bias(s);
+    ProductsBegin();
     const uint32_t key = SharedMatrix(memory_.Key(tiles_ % 2), 0);
 #pragma unroll
     for (uint32_t k = 0; k < kDim / 16; ++k)
       ProductOfRows<T>(s, Advance(query, k / 4 * QueryLayout::kPanel + k % 4 * 32),
                        Advance(key, k / 4 * Layout::kPanel + k % 4 * 32));
+    ProductsCommit();
   }
+  template <int kOf>
   __device__ __forceinline__ void Accumulate(const uint32_t (&p)[kKeys / 16][4], uint32_t stage,
                                              float (&out)[kDim / 2]) const {
+    ProductsBegin();
     const uint32_t value = SharedMatrix(memory_.Value(stage), Layout::kPanel);
 #pragma unroll
-    for (uint32_t k = 0; k < kKeys / 16; ++k) Product<T>(out, p[k], Advance(value, k * 16 * 128));
+    for (uint32_t k = 0; k < kOf / 16; ++k) Product<T>(out, p[k], Advance(value, k * 16 * 128));
+    ProductsCommit();
+  }
+  // Each branch of an `if` waits for its own products: the compiler would else give up their overlap everywhere.
+  template <int kOf>
+  __device__ __forceinline__ void LastValues(const uint32_t (&p)[kKeys / 16][4], float (&out)[kDim / 2]) const {
+    WaitFor(memory_.ValueFull(tiles_ % 2));
+    Accumulate<kOf>(p, tiles_ % 2, out);
+    ProductsWait<0>();
+    ProductsHold(out);
   }
 
   // Takes out keys after the query.
-  __device__ __forceinline__ void Mask(int32_t tile, int32_t away, float (&s)[kKeys / 2]) const {
+  template <int kCount>
+  __device__ __forceinline__ void Mask(int32_t tile, int32_t away, float (&s)[kCount]) const {
     const int32_t seen = away - tile * kKeys;  // by the first row
     if (seen >= kKeys - 1) return;
     const int32_t row = warp_ * 16 + lane_ / 4 + seen - lane_ % 4 * 2;  // of which keys 8 n + i % 2 are seen
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
+    for (int n = 0; n < kCount / 4; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         if (8 * n + i % 2 > row + i / 2 * 8) s[4 * n + i] = kMinusInfinity;
@@ -416,11 +431,12 @@ class Consumer {
 
   // Probabilities are relative to 2^zero, at most 2^kSlack of it: a logit beyond that raises the row's zero, and what there
   // is of the row counts `factor` from then on. False if no row of the warp is raised.
-  __device__ __forceinline__ bool Raise(const float (&s)[kKeys / 2], float (&zero)[2], float (&sum)[2],
+  template <int kCount>
+  __device__ __forceinline__ bool Raise(const float (&s)[kCount], float (&zero)[2], float (&sum)[2],
                                         float (&factor)[2]) const {
     float top[2] = {kMinusInfinity, kMinusInfinity};
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
+    for (int n = 0; n < kCount / 4; ++n)
 #pragma unroll
       for (int r = 0; r < 2; ++r) top[r] = fmaxf(top[r], fmaxf(s[4 * n + 2 * r], s[4 * n + 2 * r + 1]));
     const bool above = fmaf(top[0], scale2_, -zero[0]) > kSlack || fmaf(top[1], scale2_, -zero[1]) > kSlack;
@@ -437,10 +453,11 @@ class Consumer {
     return true;
   }
   // From logits to probabilities.
-  __device__ __forceinline__ void Softmax(float (&s)[kKeys / 2], const float (&zero)[2], float (&sum)[2]) const {
+  template <int kCount>
+  __device__ __forceinline__ void Softmax(float (&s)[kCount], const float (&zero)[2], float (&sum)[2]) const {
     float total[2][2] = {};
 #pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n)
+    for (int n = 0; n < kCount / 4; ++n)
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         float& x = s[4 * n + i];
@@ -455,9 +472,10 @@ class Consumer {
   __device__ __forceinline__ void Here(const float (&sum)[2]) const {
     if (sum[0] + sum[1] < 0) asm volatile("nanosleep.u32 0;" ::: "memory");
   }
-  __device__ __forceinline__ void Convert(const float (&s)[kKeys / 2], uint32_t (&p)[kKeys / 16][4]) const {
+  template <int kCount>
+  __device__ __forceinline__ void Convert(const float (&s)[kCount], uint32_t (&p)[kKeys / 16][4]) const {
 #pragma unroll
-    for (int k = 0; k < kKeys / 16; ++k)
+    for (int k = 0; k < kCount / 8; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) p[k][i] = Pack<T>(s[8 * k + 2 * i], s[8 * k + 2 * i + 1]);
   }
@@ -538,17 +556,32 @@ __global__ __launch_bounds__(kThreads, 1) void PrefillKernel(const __grid_consta
   }
 }
 
-constexpr int64_t kRounds = 4;  // of blocks, at least, if there are enough jobs: others' kernels come in between
+constexpr int64_t kRounds = 4;       // of blocks, at least, if there are enough jobs: others' kernels come in between
+constexpr int32_t kMostJobs = 8;     // of a block
+constexpr double kBlockCost = 0.15;  // what a block costs beyond its jobs, in jobs: its first tiles are waited for
+
+// Jobs of a block: as few as possible at the end of the last round with nothing to do for most multiprocessors.
+int32_t JobsOfBlock(int64_t jobs, int64_t kv_heads, int64_t at_once) {
+  int32_t best = 1;
+  double least = std::numeric_limits<double>::max();
+  for (int32_t each = 1; each <= kMostJobs; ++each) {
+    const int64_t rounds = CeilDiv(CeilDiv(jobs, each) * kv_heads, at_once);
+    const double cost = static_cast<double>(rounds) * (each + kBlockCost);
+    if ((each > 1 && rounds < kRounds) || cost >= least) continue;
+    best = each;
+    least = cost;
+  }
+  return best;
+}
 
 template <class T, int kDim>
 void Run(const PrefillArgs& args, int32_t multiprocessors, cudaStream_t stream) {
-  const int64_t jobs = PrefillJobs(args, kRows), at_once = std::max(1, multiprocessors);
-  const int64_t rounds = std::max<int64_t>(1, jobs * args.kv_heads / (at_once * kRounds));
-  const int64_t each = std::min<int64_t>(8, CeilDiv(jobs * args.kv_heads, at_once * rounds));
+  const int64_t jobs = PrefillJobs(args, kRows);
+  const int32_t each = JobsOfBlock(jobs, args.kv_heads, std::max(1, multiprocessors));
   const auto bytes = static_cast<int>(Memory<kDim>::kBytes + Memory<kDim>::kAligned);
   cudaFuncSetAttribute(PrefillKernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const dim3 grid(static_cast<uint32_t>(CeilDiv(jobs, each)), static_cast<uint32_t>(args.kv_heads));
-  PrefillKernel<T, kDim><<<grid, kThreads, bytes, stream>>>(args, static_cast<int32_t>(each));
+  PrefillKernel<T, kDim><<<grid, kThreads, bytes, stream>>>(args, each);
 }
 
 }  // namespace

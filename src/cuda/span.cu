@@ -1,4 +1,5 @@
 // Spans of a prompt: which tokens are where, without moving any (src/plan/span.h), and the copies at the end.
+#include <algorithm>
 #include <limits>
 
 #include "src/cuda/device.cuh"
@@ -14,48 +15,53 @@ namespace {
 constexpr int kThreads = 128;
 static_assert(kSpanClasses[1] == kWarpList && kSpanClasses[2] == 2 * halve::kMostPairs);
 
-// The head that block (.., y) works for, or null: plans have different numbers of heads.
-__device__ const SpanHead* HeadOf(const SpanArgs& args, int32_t plan, int32_t y) {
+// The y-th head of a plan, or null: plans have different numbers of heads. One that is alone has them all.
+__device__ __forceinline__ const SpanHead* HeadOf(const SpanArgs& args, int32_t plan, int32_t y) {
+  if (args.plan_count == 1) return &args.heads[y];
   const SpanPlan& p = args.plans[plan];
   return y < p.head_count ? &args.heads[p.heads[y]] : nullptr;
 }
 
+// Values that other blocks of the same launch write: read and written past the L1. A value is all that is passed on, what it
+// refers to is there since before the launch; so no order between accesses to different addresses is needed.
+__device__ __forceinline__ int32_t LoadValue(const int32_t* value) {
+  int32_t x;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(x) : "l"(value) : "memory");
+  return x;
+}
+__device__ __forceinline__ void StoreValue(int32_t* value, int32_t x) {
+  asm volatile("st.relaxed.gpu.global.s32 [%0], %1;" ::"l"(value), "r"(x) : "memory");
+}
+__device__ __forceinline__ int32_t AwaitValue(const int32_t* value) {
+  int32_t x = LoadValue(value);
+  while (x == kUnknown) {
+    __nanosleep(20);
+    x = LoadValue(value);
+  }
+  return x;
+}
+
 // grid: (pieces, KV heads)
-__global__ void BeginKernel(const __grid_constant__ SpanArgs args, const SpanDepartures* departures) {
+__global__ void BeginKernel(const __grid_constant__ SpanArgs args, const SpanDepartures* departures, int32_t* ticket) {
   const SpanHead& head = args.heads[blockIdx.y];
   const SpanPlan& plan = args.plans[head.plan];
   const SpanDepartures& leaving = departures[head.plan];
-  const int64_t count = plan.budget + (head.protect == 0 ? leaving.count : 0);
   const int64_t step = int64_t{gridDim.x} * blockDim.x;
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += step) {
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *ticket = 0;
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < leaving.nodes; i += step) {
     const int64_t j = i - plan.budget;
-    int32_t value = kSkip;
-    if (j >= 0)
-      value = j < leaving.sources ? head.source[leaving.source_begin + j]
+    int32_t value = j >= 0 ? kUnknown : kSkip;
+    if (j >= 0 && j < leaving.count) {
+      if (head.protect > 0) continue;  // those who compete for a place there say who it is
+      value = j < leaving.sources ? plan.source[leaving.source_begin + j]
                                   : static_cast<int32_t>(leaving.first_row + j - leaving.sources);
-    else if (args.first_span)
+    } else if (j < 0 && args.first_span) {
       value = static_cast<int32_t>(-1 - i);
-    else if (plan.slot_nodes[i] != kNoNode)
+    } else if (j < 0 && plan.slot_nodes[i] != kNoNode) {
       value = head.previous[plan.slot_nodes[i]];
+    }
     head.values[i] = value;
   }
-}
-
-// One warp per (sample, head): the last candidate that is taken stays.
-__global__ void SampleKernel(const __grid_constant__ SpanArgs args, int64_t begin, int64_t end) {
-  const int64_t index = begin + (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
-  if (index >= end) return;
-  const SpanSample& op = args.samples[index];
-  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
-  if (head == nullptr) return;
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarp);
-  int32_t last = -1;
-  for (int32_t j = lane; j < op.count; j += kWarp)
-    if (DrawChance(head->stream, RandomPurpose::kSample, static_cast<uint64_t>(op.number + j),
-                   static_cast<uint64_t>(op.weight), static_cast<uint64_t>(op.total + j * op.weight)))
-      last = j;
-  last = WarpReduce(last, [](int32_t a, int32_t b) { return a > b ? a : b; });
-  if (lane == 0) head->values[op.out] = head->values[last < 0 ? op.first : op.candidate + last];
 }
 
 // Entry `index` of a head, wherever it lies.
@@ -80,23 +86,6 @@ struct NodeRows {
   }
 };
 
-// Lists of two are coins: one thread per (halving, head).
-__global__ void CoinKernel(const __grid_constant__ SpanArgs args, int64_t begin, int64_t end) {
-  const int64_t index = begin + int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (index >= end) return;
-  const SpanHalve& op = args.halves[index];
-  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
-  if (head == nullptr) return;
-  const auto number = static_cast<uint64_t>(op.number);
-  const bool y = UniformFromBits(DrawBits(head->stream, RandomPurpose::kHalve, number, 0)) < 0.5f;
-  const bool complement = UniformFromBits(DrawBits(head->stream, RandomPurpose::kComplement, number, 0)) < 0.5f;
-  head->values[op.out] = head->values[args.list[op.begin + (y != complement ? 1 : 0)]];
-}
-
-// One warp per (halving, head): most lists are short, and there are very many of them.
-constexpr int kSmallWarps = 4;
-template <class T>
-constexpr int kSmallResident = sizeof(T) == 4 ? 4 : 5;
 template <class T>
 struct EntryRows {
   const SpanArgs& args;
@@ -110,71 +99,155 @@ struct EntryRows {
     return EntryRow<T>(args.v, kv_head, head.slab_value, args.value_dim, entries[i]);
   }
 };
-template <class T>
-__global__ __launch_bounds__(kSmallWarps* kWarp,
-                             kSmallResident<T>) void SmallHalveKernel(const __grid_constant__ SpanArgs args,
-                                                                      int64_t begin, int64_t end) {
-  extern __shared__ __align__(16) char shared[];
-  __shared__ int32_t entries_of[kSmallWarps][kWarpList];
-  __shared__ uint8_t keep_of[kSmallWarps][kWarpList / 2];
-  const auto warp = static_cast<int32_t>(threadIdx.x) / kWarp, lane = static_cast<int32_t>(threadIdx.x) % kWarp;
-  const int64_t index = begin + int64_t{blockIdx.x} * kSmallWarps + warp;
-  if (index >= end) return;
-  const SpanHalve& op = args.halves[index];
-  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
-  if (head == nullptr) return;
-  int32_t* entries = entries_of[warp];
-  uint8_t* keep = keep_of[warp];
-  if (lane < op.count) entries[lane] = head->values[args.list[op.begin + lane]];
-  __syncwarp();
-  const EntryRows<T> rows{args, *head, entries, static_cast<int32_t>(head - args.heads)};
-  HalveList<T, kWarp, kWarpList>(rows, op.count, args.key_dim, args.value_dim, args.halve, head->stream,
-                                 static_cast<uint64_t>(op.number), nullptr,
-                                 shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), keep);
-  if (lane < op.count / 2) head->values[op.out + lane] = entries[2 * lane + (keep[lane] != 0 ? 1 : 0)];
-}
 
-// One block per (halving, head).
-template <class T, int kBlock, int kResident, int32_t kMostCount>
-__global__ __launch_bounds__(kBlock, kResident) void HalveKernel(const __grid_constant__ SpanArgs args, int64_t begin) {
-  extern __shared__ __align__(16) char shared[];
-  const SpanHalve& op = args.halves[begin + blockIdx.x];
-  const SpanHead* head = HeadOf(args, op.plan, static_cast<int32_t>(blockIdx.y));
-  if (head == nullptr) return;
-  const int32_t* nodes = args.list + op.begin;
-  const NodeRows<T> rows{args, *head, nodes, static_cast<int32_t>(head - args.heads)};
-  uint8_t* keep = head->keep + op.begin / 2;
-  HalveList<T, kBlock, kMostCount>(rows, op.count, args.key_dim, args.value_dim, args.halve, head->stream,
-                                   static_cast<uint64_t>(op.number), head->halve_scratch + SpanScratch(op.begin),
-                                   shared, keep);
-  for (int32_t a = static_cast<int32_t>(threadIdx.x); a < op.count / 2; a += kBlock)
-    head->values[op.out + a] = head->values[nodes[2 * a + (keep[a] != 0 ? 1 : 0)]];
-}
+// What one block of threads does, item after item. Item kinds in which an operation is a warp's or a thread's have nothing that
+// concerns the whole block.
+constexpr int kGraphWarps = kThreads / kWarp;
+static_assert(kSpanTogether[0] == kThreads && kSpanTogether[1] == kGraphWarps && kSpanTogether[4] == kGraphWarps);
+struct GraphMemory {  // shared
+  int32_t ticket;
+  int32_t entries[kSpanClasses[2]];  // of the list, or kWarpList of every warp's
+  uint8_t keep[kSpanClasses[2] / 2];
+};
+static_assert(kSpanClasses[2] == kGraphWarps * kWarpList);
 
-// One block per (prompt block, KV head).
-__global__ void FarKernel(const __grid_constant__ SpanArgs args) {
-  const auto g = static_cast<int32_t>(blockIdx.y);
-  const SpanHead& head = args.heads[g];
-  const SpanPlan& plan = args.plans[head.plan];
-  const SpanBlock& block = plan.blocks[blockIdx.x];
-  int32_t* index = head.far_index + int64_t{blockIdx.x} * head.far_capacity;
-  float* bias = head.far_bias + int64_t{blockIdx.x} * head.far_capacity;
-  const auto put = [&](int32_t from, int32_t count, const auto& entry) {
-    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += static_cast<int32_t>(blockDim.x))
-      entry(i, index[from + i], bias[from + i]);
-    return from + count;
-  };
-  int32_t at = put(0, block.sinks, [&](int32_t i, int32_t& x, float& b) { x = plan.sink_index[i], b = 0; });
-  at = put(at, block.old_tail,
-           [&](int32_t i, int32_t& x, float& b) { x = -1 - plan.old_tail[block.old_tail_begin + i], b = 0; });
-  const int32_t* snapshot = head.snapshots + int64_t{blockIdx.x} * head.protect;
-  at = put(at, block.protected_count, [&](int32_t i, int32_t& x, float& b) { x = snapshot[i], b = 0; });
-  const SpanMember* members = args.members + block.member_begin;
-  at = put(at, block.members, [&](int32_t i, int32_t& x, float& b) {
-    x = head.values[members[i].node];
-    b = args.exponent * members[i].log_weight;
-  });
-  if (threadIdx.x == 0) head.far_count[blockIdx.x] = at;
+template <class T, bool kLong>
+struct GraphWorker {
+  const SpanArgs& args;
+  const SpanGraph& graph;
+  GraphMemory& memory;
+  char* const shared;
+  const int32_t thread = static_cast<int32_t>(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
+
+  // One warp: the last candidate that is taken stays.
+  __device__ void Sample(const SpanSample& op, const SpanHead& head) const {
+    int32_t last = -1;
+    for (int32_t j = lane; j < op.count; j += kWarp)
+      if (DrawChance(head.stream, RandomPurpose::kSample, static_cast<uint64_t>(op.number + j),
+                     static_cast<uint64_t>(op.weight), static_cast<uint64_t>(op.total + j * op.weight)))
+        last = j;
+    last = WarpReduce(last, [](int32_t a, int32_t b) { return a > b ? a : b; });
+    if (lane == 0)
+      StoreValue(head.values + op.out, AwaitValue(head.values + (last < 0 ? op.first : op.candidate + last)));
+  }
+
+  // One thread: lists of two are coins.
+  __device__ void Coin(const SpanHalve& op, const SpanHead& head) const {
+    const auto number = static_cast<uint64_t>(op.number);
+    const bool y = UniformFromBits(DrawBits(head.stream, RandomPurpose::kHalve, number, 0)) < 0.5f;
+    const bool complement = UniformFromBits(DrawBits(head.stream, RandomPurpose::kComplement, number, 0)) < 0.5f;
+    StoreValue(head.values + op.out, AwaitValue(head.values + args.list[op.begin + (y != complement ? 1 : 0)]));
+  }
+
+  // One warp: most lists are short, and there are very many of them.
+  __device__ void HalveSmall(const SpanHalve& op, const SpanHead& head) const {
+    int32_t* entries = memory.entries + warp * kWarpList;
+    uint8_t* keep = memory.keep + warp * (kWarpList / 2);
+    if (lane < op.count) entries[lane] = AwaitValue(head.values + args.list[op.begin + lane]);
+    __syncwarp();
+    const EntryRows<T> rows{args, head, entries, static_cast<int32_t>(&head - args.heads)};
+    HalveList<T, kWarp, kWarpList>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
+                                   static_cast<uint64_t>(op.number), nullptr,
+                                   shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), keep);
+    if (lane < op.count / 2) StoreValue(head.values + op.out + lane, entries[2 * lane + (keep[lane] != 0 ? 1 : 0)]);
+  }
+
+  // The block.
+  __device__ void Halve(const SpanHalve& op, const SpanHead& head) const {
+    for (int32_t i = thread; i < op.count; i += kThreads)
+      memory.entries[i] = AwaitValue(head.values + args.list[op.begin + i]);
+    __syncthreads();
+    const EntryRows<T> rows{args, head, memory.entries, static_cast<int32_t>(&head - args.heads)};
+    HalveList<T, kThreads, kSpanClasses[2]>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
+                                            static_cast<uint64_t>(op.number), nullptr, shared, memory.keep);
+    for (int32_t a = thread; a < op.count / 2; a += kThreads)
+      StoreValue(head.values + op.out + a, memory.entries[2 * a + (memory.keep[a] != 0 ? 1 : 0)]);
+  }
+  __device__ void HalveLong(const SpanHalve& op, const SpanHead& head) const {
+    const int32_t* nodes = args.list + op.begin;
+    for (int32_t i = thread; i < op.count; i += kThreads) AwaitValue(head.values + nodes[i]);
+    __threadfence();  // all threads read them now, from the L1 if they are there
+    __syncthreads();
+    const NodeRows<T> rows{args, head, nodes, static_cast<int32_t>(&head - args.heads)};
+    uint8_t* keep = head.keep + op.begin / 2;
+    HalveList<T, kThreads>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
+                           static_cast<uint64_t>(op.number), head.halve_scratch + SpanScratch(op.begin), shared, keep);
+    for (int32_t a = thread; a < op.count / 2; a += kThreads)
+      StoreValue(head.values + op.out + a, head.values[nodes[2 * a + (keep[a] != 0 ? 1 : 0)]]);
+  }
+
+  // Item `item` for the y-th head of the operations' plans, of which there may be none.
+  __device__ void Run(const SpanItem& item, int32_t y) const {
+    if (item.kind == kSpanSample) {
+      if (warp >= item.count) return;
+      const SpanSample& op = args.samples[item.begin + warp];
+      if (const SpanHead* head = HeadOf(args, op.plan, y)) Sample(op, *head);
+      return;
+    }
+    const int32_t own = item.kind == 0 ? thread : item.kind == 1 ? warp : 0;
+    if (own >= item.count) return;
+    const SpanHalve& op = args.halves[item.begin + own];
+    const SpanHead* head = HeadOf(args, op.plan, y);
+    if (head == nullptr) return;
+    if (item.kind == 0)
+      Coin(op, *head);
+    else if (item.kind == 1)
+      HalveSmall(op, *head);
+    else if (item.kind == 2)
+      Halve(op, *head);
+    else if constexpr (kLong)
+      HalveLong(op, *head);
+  }
+
+  // The far list of a prompt block.
+  __device__ void Far(int32_t at_block, int32_t g) const {
+    const SpanHead& head = args.heads[g];
+    const SpanPlan& plan = args.plans[head.plan];
+    const SpanBlock& block = plan.blocks[at_block];
+    const int64_t row = at_block - graph.first_block;
+    int32_t* index = head.far_index + row * head.far_capacity;
+    float* bias = head.far_bias + row * head.far_capacity;
+    const auto put = [&](int32_t from, int32_t count, const auto& entry) {
+      for (int32_t i = thread; i < count; i += kThreads) entry(i, index[from + i], bias[from + i]);
+      return from + count;
+    };
+    int32_t at = put(0, block.sinks, [&](int32_t i, int32_t& x, float& b) { x = plan.sink_index[i], b = 0; });
+    at = put(at, block.old_tail,
+             [&](int32_t i, int32_t& x, float& b) { x = -1 - plan.old_tail[block.old_tail_begin + i], b = 0; });
+    const int32_t* snapshot = head.snapshots + int64_t{at_block} * head.protect;
+    at = put(at, block.protected_count, [&](int32_t i, int32_t& x, float& b) { x = snapshot[i], b = 0; });
+    const SpanMember* members = args.members + block.member_begin;
+    at = put(at, block.members, [&](int32_t i, int32_t& x, float& b) {
+      x = AwaitValue(head.values + members[i].node);
+      b = args.exponent * members[i].log_weight;
+    });
+    if (thread == 0) head.far_count[row] = at;
+  }
+};
+
+// Blocks draw tickets: whoever waits for a value holds a later ticket than who computes it, and the earliest ticket that is not
+// done waits for nobody. So it ends, however many blocks there is room for.
+template <class T, bool kLong>
+__global__ __launch_bounds__(kThreads, kLong ? 2 : 4) void GraphKernel(const __grid_constant__ SpanArgs args,
+                                                                       const __grid_constant__ SpanGraph graph) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ GraphMemory memory;
+  const GraphWorker<T, kLong> worker{args, graph, memory, shared};
+  const int32_t operations = graph.item_count * args.most_heads;
+  const int32_t all = operations + (graph.blocks - graph.first_block) * args.kv_heads;
+  int32_t next = threadIdx.x == 0 ? atomicAdd(graph.ticket, 1) : 0;
+  while (true) {
+    __syncthreads();  // nobody needs the last item's memory any more
+    if (threadIdx.x == 0) memory.ticket = next;
+    __syncthreads();
+    const int32_t ticket = memory.ticket;
+    if (ticket >= all) return;
+    if (threadIdx.x == 0) next = atomicAdd(graph.ticket, 1);  // is there by the time that this one is done
+    if (ticket < operations)
+      worker.Run(graph.items[ticket / args.most_heads], ticket % args.most_heads);
+    else
+      worker.Far(graph.first_block + (ticket - operations) / args.kv_heads, (ticket - operations) % args.kv_heads);
+  }
 }
 
 __global__ void StoreKernel(const SpanStorePlan* plans, const SpanStoreHead* heads) {
@@ -185,7 +258,10 @@ __global__ void StoreKernel(const SpanStorePlan* plans, const SpanStoreHead* hea
   const int32_t code = plan.code[i];
   const bool is_protected = i >= plan.nodes && i < plan.nodes + plan.protects;
   const int32_t entry = i < plan.nodes ? head.values[code] : is_protected ? head.protected_index[code] : code;
-  const int32_t to = is_protected && head.protected_slot != nullptr ? head.protected_slot[code] : plan.to[i];
+  const bool in_place = head.protected_slot != nullptr;
+  const bool known = is_protected && in_place && code < plan.protected_before;
+  const int32_t to = known ? head.protected_slot[code] : plan.to[i];
+  if (is_protected && in_place && !known) head.protected_slot[code] = to;
   const bool stays = head.stage_index != nullptr && entry == -1 - to;
   const bool moves = head.stage_index != nullptr && entry < 0 && !stays;
   if (head.stage_index != nullptr) head.stage_index[i] = moves ? entry : kSkip;
@@ -245,10 +321,12 @@ __global__ void GatherOneKernel(const __grid_constant__ GatherArgs args, const _
 
 }  // namespace
 
-void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int64_t most_values, cudaStream_t stream) {
-  const dim3 grid(static_cast<uint32_t>(std::min<int64_t>(CeilDiv(most_values, 256), 64)),
+void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int32_t* ticket, int64_t most_nodes,
+               cudaStream_t stream) {
+  // Few blocks: they may have to wait for those of an attention to make room.
+  const dim3 grid(static_cast<uint32_t>(std::min<int64_t>(CeilDiv(most_nodes, 1024), 16)),
                   static_cast<uint32_t>(args.kv_heads));
-  BeginKernel<<<grid, 256, 0, stream>>>(args, departures);
+  BeginKernel<<<grid, 256, 0, stream>>>(args, departures, ticket);
 }
 
 void SpanStore(const SpanStorePlan* plans, const SpanStoreHead* heads, int32_t kv_heads, int32_t most_count,
@@ -257,41 +335,29 @@ void SpanStore(const SpanStorePlan* plans, const SpanStoreHead* heads, int32_t k
   StoreKernel<<<grid, 256, 0, stream>>>(plans, heads);
 }
 
-void SpanSamples(const SpanArgs& args, int64_t sample_begin, int64_t sample_end, cudaStream_t stream) {
-  if (sample_end == sample_begin) return;
-  const dim3 grid(static_cast<uint32_t>(CeilDiv((sample_end - sample_begin) * kWarp, kThreads)),
-                  static_cast<uint32_t>(args.most_heads));
-  SampleKernel<<<grid, kThreads, 0, stream>>>(args, sample_begin, sample_end);
+namespace {
+
+template <class T, bool kLong>
+void RunGraph(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream) {
+  const int32_t longest = kLong ? INT32_MAX : kSpanClasses[2];
+  const size_t shared =
+      std::max(kGraphWarps * HalveWarpBytes(args.key_dim), HalveSharedBytes<T>(args.key_dim, args.value_dim, longest));
+  const int64_t tickets =
+      int64_t{graph.item_count} * args.most_heads + int64_t{graph.blocks - graph.first_block} * args.kv_heads;
+  const int64_t blocks = std::min<int64_t>(tickets, int64_t{std::max(1, multiprocessors)} * (kLong ? 2 : 4));
+  if (blocks > 0) GraphKernel<T, kLong><<<static_cast<uint32_t>(blocks), kThreads, shared, stream>>>(args, graph);
 }
 
-void SpanHalvings(const SpanArgs& args, int64_t begin, int64_t end, int32_t length_class, cudaStream_t stream) {
-  if (end == begin) return;
-  const auto heads = static_cast<uint32_t>(args.most_heads);
-  if (length_class == 0) {
-    const dim3 grid(static_cast<uint32_t>(CeilDiv(end - begin, kThreads)), heads);
-    CoinKernel<<<grid, kThreads, 0, stream>>>(args, begin, end);
-    return;
-  }
+}  // namespace
+
+void SpanRun(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream) {
   WithType(args.dtype, [&](auto type) {
     using T = decltype(type);
-    if (length_class == 1) {
-      const dim3 grid(static_cast<uint32_t>(CeilDiv(end - begin, kSmallWarps)), heads);
-      const size_t shared = kSmallWarps * HalveWarpBytes(args.key_dim);
-      SmallHalveKernel<T><<<grid, kSmallWarps * kWarp, shared, stream>>>(args, begin, end);
-      return;
-    }
-    const dim3 grid(static_cast<uint32_t>(end - begin), heads);
-    const auto shared = [&](int32_t count) { return HalveSharedBytes<T>(args.key_dim, args.value_dim, count); };
-    if (length_class == 2)
-      HalveKernel<T, 128, 4, kSpanClasses[2]><<<grid, 128, shared(kSpanClasses[2]), stream>>>(args, begin);
+    if (graph.long_lists)
+      RunGraph<T, true>(args, graph, multiprocessors, stream);
     else
-      HalveKernel<T, 128, 1, INT32_MAX><<<grid, 128, shared(INT32_MAX), stream>>>(args, begin);
+      RunGraph<T, false>(args, graph, multiprocessors, stream);
   });
-}
-
-void SpanFar(const SpanArgs& args, int32_t blocks, cudaStream_t stream) {
-  const dim3 grid(static_cast<uint32_t>(blocks), static_cast<uint32_t>(args.kv_heads));
-  FarKernel<<<grid, 128, 0, stream>>>(args);
 }
 
 void Gather(const GatherArgs& args, cudaStream_t stream) {

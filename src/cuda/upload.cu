@@ -51,8 +51,11 @@ void Uploader::Add(void* to, const void* from, size_t bytes) {
 
 void Uploader::Flush() {
   if (segments_ == 0) return;
+  // Short arguments launch faster: most steps need few, and prompts often half of the most.
   if (segments_ <= 32 && words_ <= 768)
-    Send<768, 32>();  // most steps: short arguments launch faster
+    Send<768, 32>();
+  else if (segments_ <= 64 && words_ <= 2560)
+    Send<2560, 64>();
   else
     Send<kWords, kSegments>();
 }

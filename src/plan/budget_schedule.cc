@@ -102,6 +102,11 @@ bool BudgetSchedule::ShrinkStep(Pool& pool, const Setting& next, Operations& out
   return true;
 }
 
+Reservoir::Candidates BudgetSchedule::TakeCandidates(Pool& pool, int64_t most) {
+  if (reservoir_.weight() == 0) return {};
+  return reservoir_.AbsorbMany(pool, std::min(most, (int64_t{1} << bottom_) - 1 - reservoir_.weight()));
+}
+
 bool BudgetSchedule::HalveAhead(Pool& pool, Operations& out) {
   if (population_ <= room_ / 2) return false;
   HalveOne(pool, out);

@@ -18,6 +18,9 @@ class BudgetSchedule {
   void Reset();
   // The entry in `slot`, of weight 1, enters.
   void Insert(Pool& pool, Slot slot, Operations& out);
+  // Entries of weight 1 of which each leaves the reservoir open: how many of `most`, all of them candidates from now on. Their
+  // slots are left alone.
+  Reservoir::Candidates TakeCandidates(Pool& pool, int64_t most);
   // One halving ahead of need. False if too little could be gained: half of the slots are free already.
   bool HalveAhead(Pool& pool, Operations& out);
   // One step towards `next`, whose coreset may be smaller: fewer levels, then fewer entries. False when all fits. From the first

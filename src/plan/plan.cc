@@ -19,7 +19,15 @@ Plan::Plan(const Setting& setting, Arena& arena)
       tail_(arena.Take<Slot>(setting.tail())),
       protected_(arena.Take<Slot>(setting.protect)),
       protect_(setting.protect),
-      schedule_(MakeSchedule(setting)) {}
+      schedule_(MakeSchedule(setting)) {
+  Measure();
+}
+
+void Plan::Measure() {
+  tail_size_ = setting_.tail();
+  max_ops_ = 3 + std::visit([](const auto& schedule) { return schedule.MaxOps(); }, schedule_);
+  max_slots_ = tail_size_ + 2 + std::visit([](const auto& schedule) { return schedule.MaxSlots(); }, schedule_);
+}
 
 void Plan::Reset() {
   pool_.Reset();
@@ -27,14 +35,6 @@ void Plan::Reset() {
   std::visit([](auto& schedule) { schedule.Reset(); }, schedule_);
   protect_ = setting_.protect;
   sink_count_ = tail_begin_ = tail_count_ = window_ = protected_count_ = tokens_ = departures_ = 0;
-}
-
-int64_t Plan::MaxOps() const {
-  return 3 + std::visit([](const auto& schedule) { return schedule.MaxOps(); }, schedule_);
-}
-
-int64_t Plan::MaxSlots() const {
-  return setting_.tail() + 2 + std::visit([](const auto& schedule) { return schedule.MaxSlots(); }, schedule_);
 }
 
 int64_t Plan::MaxList() const {
@@ -50,9 +50,9 @@ int64_t Plan::Append(int64_t tokens, Operations& out) {
       Write(sinks_[sink_count_ - 1], out);
       continue;
     }
-    if (tail_count_ == setting_.tail()) Depart(out);
+    if (tail_count_ == tail_size_) Depart(out);
     const Slot slot = pool_.Allocate();
-    tail_[(tail_begin_ + tail_count_++) % setting_.tail()] = slot;
+    tail_[Wrap(tail_begin_ + tail_count_++)] = slot;
     window_ = std::max(window_, std::min(setting_.window, tail_count_ - setting_.reserve));
     Write(slot, out);
   }
@@ -73,12 +73,12 @@ void Plan::Depart(Operations& out) {
   if (setting_.protect > 0) {
     if (departures_ == 0) {
       out.Begin(OpKind::kCentre, 0);
-      for (int64_t i = 0; i < tail_count_; ++i) out.AddSlot(tail_[(tail_begin_ + i) % setting_.tail()]);
+      for (int64_t i = 0; i < tail_count_; ++i) out.AddSlot(tail_slot(i));
     }
     out.Begin(OpKind::kAdmit, departures_);
     out.AddSlot(slot);
   }
-  tail_begin_ = (tail_begin_ + 1) % setting_.tail();
+  tail_begin_ = Wrap(tail_begin_ + 1);
   --tail_count_;
   ++departures_;
   if (protected_count_ < protect_) {
@@ -86,6 +86,21 @@ void Plan::Depart(Operations& out) {
     return;
   }
   std::visit([&](auto& schedule) { schedule.Insert(pool_, slot, out); }, schedule_);
+}
+
+// A slot that is freed is the one that is taken next: the ring of the tail turns, and what is in it stays.
+Reservoir::Candidates Plan::AppendCandidates(int64_t tokens) {
+  auto* schedule = std::get_if<BudgetSchedule>(&schedule_);
+  const bool full = sink_count_ == setting_.sinks && tail_count_ == tail_size_ && protected_count_ == protect_;
+  if (schedule == nullptr || !full || departures_ == 0) return {};
+  const Reservoir::Candidates taken = schedule->TakeCandidates(pool_, tokens);
+  if (taken.count == 0) return {};
+  window_ = std::max(window_, std::min(setting_.window, tail_count_ - setting_.reserve));
+  for (int64_t i = 0; i < std::min(taken.count, tail_size_); ++i) pool_.Renew(tail_slot(i));
+  tail_begin_ = (tail_begin_ + taken.count) % tail_size_;
+  tokens_ += taken.count;
+  departures_ += taken.count;
+  return taken;
 }
 
 int64_t Plan::RoomBeforeHalving() const {
@@ -108,7 +123,7 @@ int64_t Plan::RollbackAvailable() const {
 void Plan::Rollback(int64_t tokens, Operations& out) {
   out.Begin(OpKind::kFree, tokens_ - tokens);
   for (int64_t i = 0; i < tokens; ++i) {
-    const Slot slot = tail_count_ > 0 ? tail_[(tail_begin_ + --tail_count_) % setting_.tail()] : sinks_[--sink_count_];
+    const Slot slot = tail_count_ > 0 ? tail_[Wrap(tail_begin_ + --tail_count_)] : sinks_[--sink_count_];
     out.AddSlot(slot);
     pool_.Release(slot);
   }
@@ -162,6 +177,7 @@ void Plan::Resize(const Setting& next, Arena& arena) {
   protect_ = next.protect;
   window_ = std::min(window_, next.window);
   std::get<BudgetSchedule>(schedule_).Resize(next);
+  Measure();
 }
 
 void Plan::Transfer(Archive& archive) {

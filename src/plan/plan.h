@@ -29,6 +29,11 @@ class Plan {
   // if out has MaxOps and MaxSlots.
   int64_t Append(int64_t tokens, Operations& out);
 
+  // Plans tokens of which each does no more than drive the oldest one out of the exact tail, which then is a candidate for
+  // the open reservoir, and takes its slot: as many of `tokens` as come before one that does more. The same as Append, but
+  // at once.
+  Reservoir::Candidates AppendCandidates(int64_t tokens);
+
   // How many tokens can be appended before the next halving.
   int64_t RoomBeforeHalving() const;
   // Plans one halving ahead of need, so that RoomBeforeHalving grows. False if nothing is to be gained. Needs MaxOps
@@ -49,8 +54,8 @@ class Plan {
   void Resize(const Setting& next, Arena& arena);
 
   // Bounds on what one token or one HalveAhead emits, and on the length of a halved list.
-  int64_t MaxOps() const;
-  int64_t MaxSlots() const;
+  int64_t MaxOps() const { return max_ops_; }
+  int64_t MaxSlots() const { return max_slots_; }
   int64_t MaxList() const;
 
   const Setting& setting() const { return setting_; }
@@ -65,10 +70,10 @@ class Plan {
   int64_t tail_count() const { return tail_count_; }
   // Slot of the token `i` places into the exact tail, oldest first, and of sink i; the slot that the next token takes out of
   // the tail, kNoSlot if none.
-  Slot tail_slot(int64_t i) const { return tail_[(tail_begin_ + i) % setting_.tail()]; }
+  Slot tail_slot(int64_t i) const { return tail_[Wrap(tail_begin_ + i)]; }
   Slot sink_slot(int64_t i) const { return sinks_[i]; }
   int64_t sink_count() const { return sink_count_; }
-  Slot next_departure() const { return tail_count_ == setting_.tail() ? tail_slot(0) : kNoSlot; }
+  Slot next_departure() const { return tail_count_ == tail_size_ ? tail_slot(0) : kNoSlot; }
   // body(slot) for every slot of the weighted coreset, the open reservoir among them.
   template <class Body>
   void ForEachCoresetSlot(const Body& body) const {
@@ -81,6 +86,8 @@ class Plan {
   const BudgetSchedule* budget_schedule() const { return std::get_if<BudgetSchedule>(&schedule_); }
 
  private:
+  int64_t Wrap(int64_t i) const { return i < tail_size_ ? i : i - tail_size_; }
+  void Measure();  // what follows from the setting
   void Depart(Operations& out);
   void Write(Slot slot, Operations& out);
 
@@ -97,6 +104,7 @@ class Plan {
   int64_t tokens_ = 0;
   int64_t departures_ = 0;
   std::variant<BudgetSchedule, RoundsSchedule> schedule_;
+  int64_t tail_size_, max_ops_, max_slots_;
 };
 
 }  // namespace express::plan

@@ -57,4 +57,13 @@ void Reservoir::Absorb(Pool& pool, Slot slot, int64_t weight, Operations& out) {
   pool.Release(slot);
 }
 
+Reservoir::Candidates Reservoir::AbsorbMany(Pool& pool, int64_t count) {
+  if (count <= 0) return {};
+  const Candidates taken{count, samples_, weight_ + 1, slot_};
+  weight_ += count;
+  samples_ += count;
+  pool.SetWeight(slot_, weight_);
+  return taken;
+}
+
 }  // namespace express::plan

@@ -40,6 +40,9 @@ class Pool {
     --live_;
   }
 
+  // As if the slot, which is in use with weight 1, had been released and allocated again.
+  void Renew(Slot slot) { next_[slot] = free_; }
+
   void Push(Fifo& list, Slot slot) {
     next_[slot] = kNoSlot;
     (list.tail == kNoSlot ? list.head : next_[list.tail]) = slot;
@@ -115,6 +118,13 @@ class Reservoir {
  public:
   // Takes the entry in `slot` of weight `weight` as a candidate.
   void Absorb(Pool& pool, Slot slot, int64_t weight, Operations& out);
+  // `count` candidates of weight 1, one after the other, as samples [number, number + count) of which the first has the total
+  // `total`. The reservoir is not empty; the candidates' slots are the caller's to free.
+  struct Candidates {
+    int64_t count, number, total;
+    Slot kept;
+  };
+  Candidates AbsorbMany(Pool& pool, int64_t count);
   // Gives the entry up, with all its weight.
   Slot Take() {
     const Slot slot = slot_;

@@ -1,6 +1,7 @@
 #include "src/plan/span.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <iterator>
 
@@ -34,6 +35,18 @@ Span::Bounds Span::Bound(int64_t budget, int64_t tokens, int64_t snapshots) {
           .members = (snapshots + 1) * budget};
 }
 
+Span::Span() {
+  for (size_t i = 0; i < log_power_.size(); ++i)
+    log_power_[i] = static_cast<float>(std::log(static_cast<double>(int64_t{1} << i)));
+}
+
+// The same number as that of any other weight; nearly all weights are powers of two.
+float Span::LogWeight(int64_t weight) const {
+  const auto bits = static_cast<uint64_t>(weight);
+  if ((bits & (bits - 1)) == 0) return log_power_[static_cast<size_t>(std::countr_zero(bits))];
+  return static_cast<float>(std::log(static_cast<double>(weight)));
+}
+
 void Span::Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots) {
   plans_.resize(plans.size());
   size_t samples = 0, halves = 0, list = 0, members = 0, joins = 0, depths = 0;
@@ -58,6 +71,7 @@ void Span::Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t 
   for (std::vector<SpanSample>* v : {&samples_, &sorted_samples_}) v->reserve(samples);
   for (std::vector<SpanHalve>* v : {&halves_, &sorted_halves_}) v->reserve(halves);
   list_.reserve(list);
+  items_.reserve(samples + halves);
   members_.reserve(members);
   joins_.reserve(joins);
   sample_begin_.reserve(depths + 2);
@@ -109,32 +123,42 @@ int32_t Span::NewNode(PlanRecord& record, int32_t depth) {
 void Span::Snapshot(PlanRecord& record, const Plan& plan) {
   const auto begin = static_cast<int32_t>(members_.size());
   for (const int32_t slot : record.coreset)
-    members_.push_back({record.node[static_cast<size_t>(slot)],
-                        static_cast<float>(std::log(static_cast<double>(plan.weights()[slot])))});
+    members_.push_back({record.node[static_cast<size_t>(slot)], LogWeight(plan.weights()[slot])});
   record.snapshots.push_back({begin, static_cast<int32_t>(record.coreset.size()),
                               static_cast<int32_t>(record.departures), static_cast<int32_t>(plan.protected_count())});
   record.open_sample = -1;  // what it has given so far is read: it must not change any more
 }
 
-// A sample extends the one before if that is what fills the same reservoir and the candidates are departures in a row.
+// The reservoir in slots[0] takes the entry in slots[1].
 void Span::AddSample(PlanRecord& record, int32_t plan, const Op& op, const Slot* slots) {
-  const auto node = [&](Slot slot) { return record.node[static_cast<size_t>(slot)]; };
-  const int32_t first = node(slots[0]), candidate = node(slots[1]);
+  const int32_t candidate = record.node[static_cast<size_t>(slots[1])];
+  Clear(record, slots[1]);
+  AddCandidates(record, plan, {op.number, op.weight, op.total, 0, candidate, 1, 0, plan, 0}, slots[0]);
+}
+
+// What is in slot `kept` takes the sample's candidates. It extends the sample before if that is what fills the same reservoir
+// and all candidates are departures in a row.
+void Span::AddCandidates(PlanRecord& record, int32_t plan, const SpanSample& sample, Slot kept) {
+  const int32_t first = record.node[static_cast<size_t>(kept)];
   const auto depth = [&](int32_t n) { return record.depth[static_cast<size_t>(n)]; };
   if (record.open_sample >= 0) {
     SpanSample& open = samples_[static_cast<size_t>(record.open_sample)];
-    if (open.out == first && open.candidate + open.count == candidate && open.number + open.count == op.number &&
-        open.weight == op.weight && open.total + open.count * open.weight == op.total && depth(candidate) == 0) {
-      ++open.count;
-      Clear(record, slots[1]);
+    if (open.out == first && open.candidate + open.count == sample.candidate &&
+        open.number + open.count == sample.number && open.weight == sample.weight &&
+        open.total + open.count * open.weight == sample.total && depth(sample.candidate) == 0) {
+      open.count += sample.count;
       return;
     }
   }
-  const int32_t at = 1 + std::max(depth(first), depth(candidate));
+  const int32_t at = 1 + std::max(depth(first), depth(sample.candidate));
   record.open_sample = static_cast<int32_t>(samples_.size());
-  samples_.push_back({op.number, op.weight, op.total, first, candidate, 1, NewNode(record, at), plan, at});
-  SetNode(record, slots[0], samples_.back().out);
-  Clear(record, slots[1]);
+  samples_.push_back(sample);
+  SpanSample& own = samples_.back();
+  own.first = first;
+  own.out = NewNode(record, at);
+  own.plan = plan;
+  own.depth = at;
+  SetNode(record, kept, own.out);
 }
 
 void Span::AddHalve(PlanRecord& record, int32_t plan, const Op& op, const Slot* slots) {
@@ -163,8 +187,22 @@ void Span::Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Oper
   const auto first_departure = static_cast<int32_t>(record.nodes);
   for (int64_t i = 0; i < departures; ++i) NewNode(record, 0);
 
-  for (int64_t i = 0; i < tokens; ++i) {
-    if (i == 0 || (block > 0 && plan.tokens() % block == 0)) Snapshot(record, plan);
+  int64_t until_snapshot = 0;
+  for (int64_t i = 0; i < tokens; ++i, --until_snapshot) {
+    if (until_snapshot == 0) {
+      Snapshot(record, plan);
+      until_snapshot = block > 0 ? block - plan.tokens() % block : tokens;
+    }
+    // From some point on most tokens do no more than add to the open reservoir.
+    if (const auto taken = plan.AppendCandidates(std::min(tokens - i, until_snapshot)); taken.count > 0) {
+      const auto count = static_cast<int32_t>(taken.count);
+      const auto candidate = first_departure + static_cast<int32_t>(record.departures);
+      AddCandidates(record, index, {taken.number, 1, taken.total, 0, candidate, count, 0, index, 0}, taken.kept);
+      record.departures += count;
+      i += count - 1;
+      until_snapshot -= count - 1;
+      continue;
+    }
     const int64_t departed = plan.departures(), joined = plan.protected_count();
     const Slot leaving = plan.next_departure();
     operations.Clear();
@@ -184,7 +222,7 @@ void Span::Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Oper
   }
 }
 
-void Span::Finish(const int32_t (&bounds)[kClasses - 1]) {
+void Span::Finish(const int32_t (&bounds)[kClasses - 1], const int16_t (&together)[kClasses + 1]) {
   const auto length_class = [&](int32_t count) {
     return static_cast<int32_t>(std::lower_bound(std::begin(bounds), std::end(bounds), count) - std::begin(bounds));
   };
@@ -195,6 +233,25 @@ void Span::Finish(const int32_t (&bounds)[kClasses - 1]) {
       sorted_halves_, halve_begin_);
   samples_.swap(sorted_samples_);
   halves_.swap(sorted_halves_);
+  MakeItems(together);
+}
+
+void Span::MakeItems(const int16_t (&together)[kClasses + 1]) {
+  items_.clear();
+  std::fill(std::begin(has_class_), std::end(has_class_), false);
+  const auto add = [&](int32_t kind, int64_t begin, int64_t end) {
+    const int64_t most = together[kind];
+    for (int64_t at = begin; at < end; at += most)
+      items_.push_back(
+          {static_cast<int32_t>(at), static_cast<int16_t>(kind), static_cast<int16_t>(std::min(most, end - at))});
+  };
+  for (int32_t depth = 1; depth <= depths_; ++depth) {
+    for (int32_t c = kClasses - 1; c >= 0; --c) {
+      add(c, halve_begin(depth, c), halve_begin(depth, c + 1));
+      has_class_[static_cast<size_t>(c)] |= halve_begin(depth, c) < halve_begin(depth, c + 1);
+    }
+    add(kClasses, sample_begin(depth), sample_begin(depth + 1));
+  }
 }
 
 }  // namespace express::plan

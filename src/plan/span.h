@@ -9,6 +9,7 @@
 #ifndef EXPRESS_SRC_PLAN_SPAN_H_
 #define EXPRESS_SRC_PLAN_SPAN_H_
 
+#include <array>
 #include <cstdint>
 #include <vector>
 
@@ -42,6 +43,13 @@ struct SpanMember {
   float log_weight;
 };
 
+// Operations [begin, begin + count) of one kind and depth, to be executed together. kind: the class of halvings, or
+// Span::kClasses for samples.
+struct SpanItem {
+  int32_t begin;
+  int16_t kind, count;
+};
+
 // A slot that the protected entries have taken for good, in the order of the departures that joined.
 struct SpanJoin {
   int32_t plan, index, slot;
@@ -50,9 +58,10 @@ struct SpanJoin {
 // The graph of one span of the plans of one layer. Vectors keep their memory from span to span.
 class Span {
  public:
+  Span();
   // Sizes that `tokens` tokens cannot exceed, for plans whose budgets add up to `slots`.
   struct Bounds {
-    int64_t nodes, samples, halves, list, members;
+    int64_t nodes, samples, halves, list, members;  // and items: samples + halves
   };
   static Bounds Bound(int64_t budget, int64_t tokens, int64_t snapshots);
 
@@ -65,9 +74,9 @@ class Span {
   // (none if block is 0) and before the first. `operations` has room for one token.
   void Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Operations& operations);
   // Once every plan is recorded: orders samples by depth, and halvings by depth and then by the class of their length: class c
-  // has lists longer than bounds[c - 1] and up to bounds[c].
+  // has lists longer than bounds[c - 1] and up to bounds[c]. Then makes items of up to together[kind] operations.
   static constexpr int32_t kClasses = 4;
-  void Finish(const int32_t (&bounds)[kClasses - 1]);
+  void Finish(const int32_t (&bounds)[kClasses - 1], const int16_t (&together)[kClasses + 1]);
 
   int32_t depths() const { return depths_; }  // depths are 1 .. depths
   // Samples of depth d are [sample_begin(d), sample_begin(d + 1)); halvings of depth d and class c begin at halve_begin(d, c),
@@ -80,6 +89,9 @@ class Span {
   const std::vector<SpanSample>& samples() const { return samples_; }
   const std::vector<SpanHalve>& halves() const { return halves_; }
   const std::vector<int32_t>& list() const { return list_; }
+  // All operations, by depth; within a depth halvings of the longest class first.
+  const std::vector<SpanItem>& items() const { return items_; }
+  bool has_class(int32_t length_class) const { return has_class_[static_cast<size_t>(length_class)]; }
   const std::vector<SpanMember>& members() const { return members_; }
   const std::vector<SpanSnapshot>& snapshots(int32_t plan) const { return plans_[static_cast<size_t>(plan)].snapshots; }
   const std::vector<SpanJoin>& joins() const { return joins_; }
@@ -107,6 +119,9 @@ class Span {
   int32_t NewNode(PlanRecord& record, int32_t depth);
   void Snapshot(PlanRecord& record, const Plan& plan);
   void AddSample(PlanRecord& record, int32_t plan, const Op& op, const Slot* slots);
+  void AddCandidates(PlanRecord& record, int32_t plan, const SpanSample& sample, Slot kept);
+  float LogWeight(int64_t weight) const;
+  void MakeItems(const int16_t (&together)[kClasses + 1]);
   void AddHalve(PlanRecord& record, int32_t plan, const Op& op, const Slot* slots);
 
   std::vector<PlanRecord> plans_;
@@ -115,8 +130,11 @@ class Span {
   std::vector<int32_t> list_;
   std::vector<SpanMember> members_;
   std::vector<SpanJoin> joins_;
+  std::vector<SpanItem> items_;
   std::vector<int64_t> sample_begin_, halve_begin_;
+  bool has_class_[kClasses] = {};
   int32_t depths_ = 0;
+  std::array<float, 63> log_power_;  // of 2^i
 };
 
 }  // namespace express::plan

@@ -44,7 +44,7 @@ T* Upload(const std::vector<T>& x, std::vector<void*>& taken) {
 }
 
 // A prompt and its far lists. What nobody may read is NaN, or an index far outside; one row before and one behind the
-// outputs must stay as they are.
+// outputs, and one head behind every row's, must stay as they are.
 struct Prompt {
   Prompt(const Case& which, uint32_t seed)
       : c(which),
@@ -55,8 +55,8 @@ struct Prompt {
         v({c.tokens, c.kv_heads, c.value_dim}, c.dtype),
         slab_key({c.kv_heads, slab_rows, c.key_dim}, c.dtype),
         slab_value({c.kv_heads, slab_rows, c.value_dim}, c.dtype),
-        out({c.tokens + 2, c.kv_heads * c.group, c.value_dim}, c.dtype),
-        lse({c.tokens + 2, c.kv_heads * c.group}, DType::kF32) {
+        out({c.tokens + 2, OutHeads(), c.value_dim}, c.dtype),
+        lse({c.tokens + 2, OutHeads()}, DType::kF32) {
     const float loud = c.kind == Kind::kSharp ? 300.0f : 1.0f;
     q.Fill(rng, loud);
     k.Fill(rng, c.kind == Kind::kSharp ? 30.0f : 1.0f);
@@ -70,7 +70,6 @@ struct Prompt {
     for (int32_t g = 0; g < c.kv_heads; ++g) lists.push_back(FarLists(g, used));
     Poison(slab_key, c.key_dim, used);
     Poison(slab_value, c.value_dim, used);
-    std::vector<PrefillHead> heads;
     for (int32_t g = 0; g < c.kv_heads; ++g) {
       const Lists& l = lists[static_cast<size_t>(g)];
       heads.push_back({.slab_key = At(slab_key, g * slab_rows * c.key_dim),
@@ -95,9 +94,9 @@ struct Prompt {
             .q = rows(q, query_heads, c.key_dim, 0),
             .k = rows(k, c.kv_heads, c.key_dim, 0),
             .v = rows(v, c.kv_heads, c.value_dim, 0),
-            .out = rows(out, query_heads, c.value_dim, 1),
-            .lse = static_cast<float*>(lse.device()) + query_heads,
-            .lse_row_stride = query_heads,
+            .out = rows(out, OutHeads(), c.value_dim, 1),
+            .lse = static_cast<float*>(lse.device()) + OutHeads(),
+            .lse_row_stride = OutHeads(),
             .lse_head_stride = 1,
             .tokens = c.tokens,
             .first_position = c.first_position,
@@ -112,6 +111,23 @@ struct Prompt {
   }
   Prompt(const Prompt&) = delete;
   Prompt& operator=(const Prompt&) = delete;
+
+  int64_t OutHeads() const { return int64_t{c.kv_heads} * c.group + 1; }
+
+  // The launch of blocks [first_block, first_block + count) alone.
+  PrefillArgs Part(int64_t first_block, int64_t count) {
+    std::vector<PrefillHead> of_part = heads;
+    for (PrefillHead& head : of_part) {
+      head.far_index += first_block * c.capacity;
+      head.far_bias += first_block * c.capacity;
+      head.far_count += first_block;
+    }
+    PrefillArgs part = args;
+    part.heads = Upload(of_part, taken);
+    part.first_block = first_block;
+    part.blocks = count;
+    return part;
+  }
 
   void* At(Mirror& m, int64_t element) const { return static_cast<char*>(m.device()) + element * SizeOf(c.dtype); }
 
@@ -172,6 +188,7 @@ struct Prompt {
   int64_t slab_rows, blocks = 0;
   Mirror q, k, v, slab_key, slab_value, out, lse;
   std::vector<Lists> lists;
+  std::vector<PrefillHead> heads;
   std::vector<void*> taken;
   PrefillArgs args{};
 };
@@ -270,47 +287,95 @@ std::vector<Case> Cases() {
   return cases;
 }
 
-// As the device does it, and as it would do it if it were older.
+// Numbers of multiprocessors that kernels are told of: few make blocks of threads take many jobs one after the other.
+struct Way {
+  int32_t capability, multiprocessors;
+  bool in_parts;  // in launches of some blocks each
+};
+
+// Largest errors over what they may be.
+struct Errors {
+  double out = 0, lse = 0;
+};
+Errors Compare(Prompt& p, const Expected& e) {
+  const Case& c = p.c;
+  const std::vector<float> out = p.out.Floats(), lse = p.lse.Floats();
+  const auto heads = static_cast<size_t>(c.kv_heads * c.group), dim = static_cast<size_t>(c.value_dim);
+  Errors errors;
+  size_t written = 0;
+  for (int64_t t = -1; t <= c.tokens; ++t)
+    for (size_t h = 0; h <= heads; ++h) {
+      const size_t at = static_cast<size_t>(t + 1) * (heads + 1) + h;
+      const bool inside = t >= 0 && t < c.tokens && h < heads;
+      if (!inside) {
+        written += !std::isnan(lse[at]);
+        for (size_t i = 0; i < dim; ++i) written += !std::isnan(out[at * dim + i]);
+        continue;
+      }
+      const size_t row = static_cast<size_t>(t) * heads + h;
+      const double logits = std::ldexp(e.largest[row], -19);  // sums of products in f32
+      const auto raise = [](double& error, double off) { error = std::isnan(off) ? 1e30 : std::max(error, off); };
+      raise(errors.lse, std::abs(static_cast<double>(lse[at]) - e.lse[row]) / (1e-3 + logits));
+      for (size_t i = 0; i < dim; ++i) {
+        const double expected = e.out[row * dim + i], spread = e.spread[row * dim + i];
+        const double allowed = 2 * Unit(c.dtype) * (std::abs(expected) + spread) + logits * spread + 1e-6;
+        raise(errors.out, std::abs(static_cast<double>(out[at * dim + i]) - expected) / allowed);
+      }
+    }
+  EXPECT_EQ(written, 0u) << "numbers around the outputs have been written";
+  return errors;
+}
+
+// As the device does it, and as it would do it if it were older, or smaller.
 TEST_F(CudaTest, PrefillKernelsAgreeWithAttentionInDouble) {
   cudaDeviceProp device;
   ASSERT_CUDA(cudaGetDeviceProperties(&device, 0));
+  const int32_t own = device.major * 10 + device.minor, all = device.multiProcessorCount;
   double worst = 0;
   uint32_t seed = 1;
   for (const Case& c : Cases()) {
     SCOPED_TRACE(testing::Message() << c);
     Prompt p(c, seed++);
     const Expected e = Reference(p);
-    const double unit = Unit(c.dtype);
-    const auto query_heads = static_cast<size_t>(c.kv_heads * c.group), dim = static_cast<size_t>(c.value_dim);
-    for (const int32_t capability : {80, device.major * 10 + device.minor}) {
+    for (const Way& way : {Way{80, all, false}, {80, all, true}, {own, all, false}, {own, 1, false}, {own, 2, true}}) {
+      SCOPED_TRACE(testing::Message() << "compute capability " << way.capability << ", " << way.multiprocessors
+                                      << " multiprocessors, in parts: " << way.in_parts);
       p.out.Poison();
       p.lse.Poison();
-      Prefill(p.args, capability, device.multiProcessorCount, stream_);
+      for (int64_t first = 0, count; first < p.blocks; first += count) {
+        count = way.in_parts ? std::min<int64_t>(1 + static_cast<int64_t>(p.rng() % 4), p.blocks - first) : p.blocks;
+        Prefill(p.Part(first, count), way.capability, way.multiprocessors, stream_);
+      }
       ASSERT_CUDA(cudaGetLastError());
       ASSERT_CUDA(cudaStreamSynchronize(stream_));
-      const std::vector<float> out = p.out.Floats(), lse = p.lse.Floats();
-      double error = 0, lse_error = 0;  // over what they may be
-      for (size_t i = 0; i < e.out.size(); ++i) {
-        const double logits = std::ldexp(e.largest[i / dim], -19);  // sums of products in f32
-        const double allowed = 2 * unit * (std::abs(e.out[i]) + e.spread[i]) + logits * e.spread[i] + 1e-6;
-        const double off = std::abs(static_cast<double>(out[query_heads * dim + i]) - e.out[i]) / allowed;
-        error = std::isnan(off) ? 1e30 : std::max(error, off);
-      }
-      for (size_t i = 0; i < e.lse.size(); ++i) {
-        const double off =
-            std::abs(static_cast<double>(lse[query_heads + i]) - e.lse[i]) / (1e-3 + std::ldexp(e.largest[i], -19));
-        lse_error = std::isnan(off) ? 1e30 : std::max(lse_error, off);
-      }
-      EXPECT_LT(error, 1) << "compute capability " << capability;
-      EXPECT_LT(lse_error, 1) << "compute capability " << capability;
-      worst = std::max(worst, error);
-      for (size_t i = 0; i < query_heads * dim; ++i) {
-        ASSERT_TRUE(std::isnan(out[i])) << "before the first row";
-        ASSERT_TRUE(std::isnan(out[out.size() - 1 - i])) << "behind the last row";
-      }
+      const Errors errors = Compare(p, e);
+      EXPECT_LT(errors.out, 1);
+      EXPECT_LT(errors.lse, 1);
+      worst = std::max(worst, errors.out);
     }
   }
   std::printf("  largest error: %.2f of what rounding allows\n", worst);
+}
+
+// Few and small, for tools that look at every access.
+TEST_F(CudaTest, PrefillOfAFewTokens) {
+  cudaDeviceProp device;
+  ASSERT_CUDA(cudaGetDeviceProperties(&device, 0));
+  uint32_t seed = 500;
+  for (const int32_t dim : {64, 128}) {
+    Prompt p({DType::kBF16, dim, dim, 1, 2, 300, 70, 64, 150, 4, 100, Kind::kPlain}, seed++);
+    const Expected e = Reference(p);
+    for (const int32_t capability : {80, device.major * 10 + device.minor}) {
+      p.out.Poison();
+      p.lse.Poison();
+      Prefill(p.Part(0, 2), capability, 1, stream_);
+      Prefill(p.Part(2, p.blocks - 2), capability, 1, stream_);
+      ASSERT_CUDA(cudaStreamSynchronize(stream_));
+      const Errors errors = Compare(p, e);
+      EXPECT_LT(errors.out, 1) << "compute capability " << capability;
+      EXPECT_LT(errors.lse, 1) << "compute capability " << capability;
+    }
+  }
 }
 
 }  // namespace

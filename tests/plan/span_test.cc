@@ -244,7 +244,10 @@ class Layer {
     ASSERT_EQ(room(span_.samples(), span_.halves(), span_.list(), span_.members(), span_.joins()), before);
     constexpr int32_t kBounds[][Span::kClasses - 1] = {{2, 16, 64}, {2, 4, 8}, {3, 5, 32}};
     const auto& bounds = kBounds[Below(3)];
-    span_.Finish(bounds);
+    constexpr int16_t kTogether[][Span::kClasses + 1] = {{128, 4, 1, 1, 4}, {1, 1, 1, 1, 1}, {3, 2, 7, 2, 5}};
+    const auto& together = kTogether[Below(3)];
+    span_.Finish(bounds, together);
+    ASSERT_NO_FATAL_FAILURE(CheckItems(together));
     for (auto& h : heads_) ASSERT_NO_FATAL_FAILURE(h->KnowDepartures());
     ASSERT_NO_FATAL_FAILURE(Execute(bounds));
     for (auto& h : heads_) {
@@ -252,6 +255,34 @@ class Layer {
       ASSERT_NO_FATAL_FAILURE(h->CheckSnapshots(tokens, block));
       ASSERT_NO_FATAL_FAILURE(h->EndSpan());
     }
+  }
+
+  // Every operation is in one item, with others of its depth and class, and behind all of smaller depth.
+  void CheckItems(const int16_t (&together)[Span::kClasses + 1]) {
+    std::vector<int> samples(span_.samples().size()), halves(span_.halves().size());
+    bool seen[Span::kClasses] = {};
+    int32_t depth = 0;
+    for (const SpanItem& item : span_.items()) {
+      ASSERT_TRUE(item.kind >= 0 && item.kind <= Span::kClasses && item.count > 0);
+      ASSERT_LE(item.count, together[item.kind]);
+      const bool is_sample = item.kind == Span::kClasses;
+      const int32_t own = is_sample ? At(span_.samples(), item.begin).depth : At(span_.halves(), item.begin).depth;
+      ASSERT_GE(own, depth);
+      depth = own;
+      for (int64_t i = item.begin; i < item.begin + item.count; ++i) {
+        ++At(is_sample ? samples : halves, i);
+        if (is_sample) {
+          ASSERT_EQ(At(span_.samples(), i).depth, depth);
+          continue;
+        }
+        ASSERT_EQ(At(span_.halves(), i).depth, depth);
+        ASSERT_GE(i, span_.halve_begin(depth, item.kind));
+        ASSERT_LT(i, span_.halve_begin(depth, item.kind + 1));
+        seen[item.kind] = true;
+      }
+    }
+    for (const std::vector<int>& all : {samples, halves}) ASSERT_EQ(std::count(all.begin(), all.end(), 1), Size(all));
+    for (int32_t c = 0; c < Span::kClasses; ++c) ASSERT_EQ(span_.has_class(c), seen[c]);
   }
 
   // Backwards within a depth: nothing there may depend on anything else there.
