@@ -24,36 +24,41 @@ if rec:
     torch.save(log,OUT+"/far.pt")
     own=log[16:,:,:,:,1,0].float().mean(0)  # (L, S, H), beyond 1024
     del rec
-O=dict(budgets="online"); PR=dict(budgets="profile",far=far)
+O=dict(budgets="online",distance=1.0); PR=dict(budgets="profile",far=far)
 b=int(os.environ.get("BB","1024"))
 def go(b):
     return [
- ("window equal",Wd(b)),("express equal",X(b)),("express profile p2",X(b,**PR)),("window profile p2",Wd(b,**PR)),
- ("online D=base p2",X(b,**O,distance=5/16)),("online D=1 p2",X(b,**O,distance=1.0)),
- ("window online D=base p2",Wd(b,**O,distance=5/16)),
+ ("window equal",Wd(b)),("express profile p2",X(b,**PR)),("window profile p2",Wd(b,**PR)),
+ ("online D1 p2",X(b,**O)),("window online D1 p2",Wd(b,**O)),("online D.5 p2",X(b,**O|dict(distance=.5))),
  ("snapkv",Sc(b,"snapkv")),("keydiff",Sc(b,"keydiff"))]
 runs=go(b)+[
+ ("express equal",X(b)),
  ("own far p2",lambda *a:E(*a,b,budgets="given",far=own)),
- ("online D=base p1",X(b,**O,distance=5/16,power=1.)),("online D=base p3",X(b,**O,distance=5/16,power=3.)),
- ("online D=base rms p2",X(b,**O,distance=5/16,signal="rms")),("online D=base max p2",X(b,**O,distance=5/16,heads="max")),
- ("online D=base p2 cap2",X(b,**O,distance=5/16,cap=2.)),("online D=base p2 once",X(b,**O,distance=5/16,settle="once")),
- ("online D=base p2 every512 hl16",X(b,**O,distance=5/16,settle=512,half_life=16)),
- ("online D=base p2 shrink.2",X(b,**O,distance=5/16,shrink=.2)),
- ("online D=base p2 marginal.5",X(b,**O,distance=5/16,marginal=.5)),
- ("profile alpha0",X(b,**PR,alpha=0.)),("profile no coreset",X(b,**PR,coreset=False)),
- ("profile w.8 p.14",X(b,**PR,window=.8,protect=.14)),("profile w.4 p.42",X(b,**PR,window=.4,protect=.42)),
- ("profile w.72 p.28 (no core)",X(b,**PR,window=.72,protect=.28)),
- ("profile mass half .9",X(b,**PR,mass_share=.5,mass_decay=.9)),
- ("profile times mass .9",X(b,**PR,score="energy times_mass",mass_decay=.9)),
- ("profile times mass .99",X(b,**PR,score="energy times_mass",mass_decay=.99)),
- ("profile free",X(b,**PR,score="free")),("profile value",X(b,**PR,score="value")),
+ ("online D1 p1.5",X(b,**O,power=1.5)),("online D1 p3",X(b,**O,power=3.)),
+ ("online D2 p2",X(b,**O|dict(distance=2.0))),
+ ("online D1 rms p2",X(b,**O,signal="rms")),("online D1 max p2",X(b,**O,heads="max")),
+ ("online D1 p2 cap2",X(b,**O,cap=2.)),
+ ("online D1 p2 every512 hl16",X(b,**O,settle=512,half_life=16)),
+ ("online D1 p2 every b",X(b,**O,settle=b)),
+ ("online D1 p2 shrink.2",X(b,**O,shrink=.2)),
+ ("online D1 p2 marginal.5",X(b,**O,marginal=.5)),
+ ("online D1 alpha0",X(b,**O,alpha=0.)),("online D1 no coreset",X(b,**O,coreset=False)),
+ ("online D1 w.8 p.14",X(b,**O,window=.8,protect=.14)),("online D1 w.4 p.42",X(b,**O,window=.4,protect=.42)),
  ]
-for bb in (256,4096,512,2048): runs+=[("%d: "%bb+nm,f) for nm,f in go(bb)]
-runs+=[("h2o",Sc(b,"h2o")),("tova",Sc(b,"tova"))]
+for bb in (256,4096): runs+=[("%d: "%bb+nm,f) for nm,f in go(bb)]
+runs+=[
+ ("online D1 mass half .9",X(b,**O,mass_share=.5,mass_decay=.9)),
+ ("online D1 times mass .9",X(b,**O,score="energy times_mass",mass_decay=.9)),
+ ("online D1 free",X(b,**O,score="free")),("online D1 value",X(b,**O,score="value")),
+ ("online D1 int8",X(b,**O,bits=8)),("online D1 int8 x1.94",X(int(b*1.94),**O,bits=8)),("online D1 4bit g32 turned",X(b,**O,bits=4,group=32,turn=True)),
+ ("online D1 base.2",X(b,**O,base=.2)),
+]
+for bb in (512,2048): runs+=[("%d: "%bb+nm,f) for nm,f in go(bb)]
+runs+=[("h2o",Sc(b,"h2o"))]
 for nm,f in runs:
     try: p,_=B.run(nm if ":" in nm else "%d: "%b+nm,f)
     except Exception as e: print(nm,repr(e)[:300]); continue
-    if p is not None and getattr(p,"history",None) and "D=base p2" in nm:
+    if p is not None and getattr(p,"history",None) and "online D1 p2" in nm:
         h=p.history; json.dump([nm]+[[x,y.int().tolist()] for x,y in h],open(OUT+"/hist-%d.json"%len(os.listdir(OUT)),"w"))
         if hasattr(p,"ratio"): print([[round(z,2) for z in y] for y in p.ratio[2].tolist()])
     if p is None: print("deadline before",nm); break

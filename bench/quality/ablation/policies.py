@@ -11,6 +11,28 @@ import torch
 from model import BLOCK, rotate
 
 BIG = 1e4
+
+
+def hadamard(n, device):
+    h = torch.ones(1, 1, device=device)
+    while h.shape[0] < n:
+        h = torch.cat([torch.cat([h, h], 1), torch.cat([h, -h], 1)], 0)
+    return h / math.sqrt(n)
+
+
+def quantised(x, bits, group, turn):
+    """x: (..., d) as it reads back from slots of `bits` bits with one scale for each `group` numbers; turn: a rotation applied before, undone after."""
+    y = x @ turn if turn is not None else x
+    y = y.unflatten(-1, (-1, group))
+    low, high = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+    if bits >= 8:  # symmetric
+        step = torch.maximum(-low, high).clamp_min(1e-12) / (2 ** (bits - 1) - 1)
+        y = (y / step).round() * step
+    else:
+        step = (high - low).clamp_min(1e-12) / (2 ** bits - 1)
+        y = ((y - low) / step).round() * step + low
+    y = y.flatten(-2)
+    return y @ turn.T if turn is not None else y
 WIDE = 72
 
 
@@ -21,12 +43,18 @@ class Layer:
 class Policy:
     """Exact attention, and what all policies share. Subclasses define select(layer state)."""
     mass_decay = None  # a number: keep each entry's decayed attention mass
-    marks = 0          # indicator columns in use
+    bits = 0           # of a number in a slot; 0: as computed
+    group = 64         # numbers that share a scale
+    far_output = False # measure the part of the output that comes from marked entries
+    turn = False       # rotate by a Hadamard matrix before rounding
 
     def __init__(self, model, S, length):
         self.m, self.S, self.H, self.G, self.d = model, S, model.kv_heads, model.q_heads // model.kv_heads, model.dim
         self.length, self.dev = length, model.device
         self.layers = [self.new_layer() for _ in range(model.layers)]
+        for i, l in enumerate(self.layers):
+            l.index = i
+        self.hadamard = hadamard(self.d, self.dev)
         self.causal = torch.full((BLOCK, BLOCK), -BIG, device=self.dev).triu(1).repeat(self.G, 1)  # (G * BLOCK, BLOCK)
 
     def zeros(self, *shape, dtype=torch.float32):
@@ -98,6 +126,12 @@ class Policy:
         logits[:, :, W - b:] += self.causal if b == BLOCK else self.causal.view(G, BLOCK, BLOCK)[:, :b, :b].reshape(G * b, b)
         p = torch.softmax(logits, -1)
         out = torch.bmm(p, l.V[:, :, :W].flatten(0, 1)).view(S, H, G, b, WIDE)
+        if self.far_output:
+            far = torch.bmm(p, l.V[:, :, :W, :d].flatten(0, 1) * l.V[:, :, :W, d].flatten(0, 1)[..., None]).view(S, H, G, b, d)
+            self.far_norms = far.square().sum(-1).mean((2, 3)), out[..., :d].square().sum(-1).mean((2, 3))
+        if self.bits:
+            for a in (l.K, l.V):
+                a[:, :, W - b:W, :d] = quantised(a[:, :, W - b:W, :d], self.bits, self.group, self.hadamard if self.turn else None)
         l.n += b
         self.observe(layer, l, p, out[..., d:])
         self.select(layer, l)
@@ -157,7 +191,8 @@ class Express(Policy):
     def __init__(self, model, S, length, budget, base=5 / 16, window=0.6, protect=0.28, alpha=0.5, seed=0, sinks=4,
                  budgets="equal", far=None, power=2.0, shrink=0.0, signal="mean", distance=1024, half_life=0, settle="double",
                  cap=0.0, score="energy", mass_share=0.0, mass_decay=None, mass_power=1.0, core_power=0.576, heads="mean", rescore=None,
-                 marginal=0.0, window_range=(0.3, 0.9), smooth=0.0, coreset=True):
+                 marginal=0.0, window_range=(0.3, 0.9), smooth=0.0, coreset=True, sink_far=True, first=1.0, every=1, update="fresh", protect_top=False,
+                 bits=0, group=64, turn=False):
         c = dict(locals())
         for name in ("self", "model", "S", "length", "__class__"):
             c.pop(name, None)
@@ -175,7 +210,9 @@ class Express(Policy):
             self.B = self.shares(far.to(self.dev), None)
         self.signal_sum, self.signal_weight = self.zeros(L, S, H), 0.0
         self.part_sum = self.zeros(L, S, H, 2)
-        self.next_settle = budget if budgets == "online" else 1 << 60
+        self.norm_sum = self.zeros(L, S, H)
+        self.far_output = signal in ("out", "outabs") and budgets == "online"
+        self.next_settle = int(first * budget) if budgets == "online" else 1 << 60
         self.history = []
         self.divide()
 
@@ -185,6 +222,9 @@ class Express(Policy):
         L, S, H = signal.shape
         base = self.base * self.budget
         share = signal.clamp_min(1e-6) ** self.power
+        if self.signal == "edge":  # signal: mass per entry at the old end of the tail
+            ratio = (signal / signal.mean((0, 2), keepdim=True)).clamp(1 / 8, 8)
+            share = (self.B - base).clamp_min(0.05 * self.budget) * ratio ** self.power
         share = share / share.sum((0, 2), keepdim=True)
         share = (1 - self.shrink) * share + self.shrink / (L * H)
         rest = L * H * (self.budget - base)
@@ -206,6 +246,10 @@ class Express(Policy):
         window = self.window * torch.ones_like(rest)
         self.w = (base + window * rest).floor().clamp_min(1)
         self.P = (self.protect / (1 - self.window0) * (1 - window) * rest).floor()
+        if self.protect_top:  # only heads with more than the mean protect; the others have a longer tail
+            small = self.B <= self.budget
+            self.w = torch.where(small, self.B - self.sinks, self.w)
+            self.P = torch.where(small, torch.zeros_like(self.P), self.P)
         core = self.B - self.sinks - self.w - self.P
         if not self.coreset:
             self.P, core = self.P + core, core * 0
@@ -217,6 +261,21 @@ class Express(Policy):
         signal = self.signal_sum / max(self.signal_weight, 1e-9)
         if self.signal == "rms":
             signal = signal.sqrt()
+        elif self.signal == "out":  # share of the output that far entries bring: root mean square of the one over that of the other
+            signal = (self.signal_sum / self.norm_sum.clamp_min(1e-12)).sqrt()
+        elif self.signal == "outabs":
+            signal = signal.sqrt()
+        # fresh: what was seen since the last settling; frozen: what the first one saw; keep: a head whose tail was too short to see that far
+        # does not fall; mean: geometric mean of before and now. (cumulative: sums are not reset)
+        old = getattr(self, "last", None)
+        if old is not None and self.update == "frozen":
+            signal = old
+        elif old is not None and self.update == "keep":
+            far = self.distance * self.budget
+            signal = torch.where(self.w < far, torch.maximum(signal, old), signal)
+        elif old is not None and self.update == "mean":
+            signal = (signal.clamp_min(1e-6) * old.clamp_min(1e-6)).sqrt()
+        self.last = signal
         new = self.shares(signal, n)
         self.B = new if not self.smooth or not self.history else self.smooth * self.B + (1 - self.smooth) * new
         self.B = self.B.floor()
@@ -236,15 +295,27 @@ class Express(Policy):
             self.next_settle = 2 * n
         else:
             self.next_settle = n + int(self.settle)
-        if not self.half_life:
+        if not self.half_life and self.update != "cumulative":
             self.signal_sum.zero_()
+            self.norm_sum.zero_()
             self.signal_weight = 0.0
 
     # Observation -----------------------------------------------------------------------------------------------------
     def mark(self, l):
         if self.budgets == "online":
-            far = self.distance if self.distance > 1 else self.distance * self.budget
-            l.V[:, :, :l.len, self.d] = (l.pos[:, :, :l.len] < l.n - far).float()
+            # distance: tokens if above 8, of the mean budget if positive, of the tokens so far if negative
+            far = self.distance if self.distance > 8 else self.distance * self.budget if self.distance > 0 else -self.distance * l.n
+            pos = l.pos[:, :, :l.len]
+            if self.signal == "edge":
+                tail = self.w[l.index].clamp_max(max(l.n, 1))[..., None]
+                marked = (pos >= l.n - tail) & (pos < l.n - 0.75 * tail)
+            else:
+                marked = pos < l.n - far
+            if self.sink_far == "only":
+                marked = pos < self.sinks
+            elif not self.sink_far:
+                marked &= pos >= self.sinks
+            l.V[:, :, :l.len, self.d] = marked.float()
             if self.marginal and getattr(l, "parts", None) is not None:
                 l.V[:, :, :l.parts.shape[2], self.d + 1:self.d + 3] = l.parts
 
@@ -258,7 +329,14 @@ class Express(Policy):
             far = parts[..., 0]  # (S, H, G, b)
             if self.signal == "rms":
                 far = far.square()
-            far = far.mean(3)
+            far = far[..., ::self.every].mean(3)
+            if self.signal == "edge":
+                far = far / self.w[layer].clamp_max(max(l.n, 1))[..., None] * 4000
+            if self.far_output:
+                self.signal_sum[layer] += self.far_norms[0]
+                self.norm_sum[layer] += self.far_norms[1]
+                self.signal_weight += layer == 0
+                return
             keep = 0.5 ** (1 / self.half_life) if self.half_life else 1.0  # half-life in blocks
             self.signal_sum[layer] = self.signal_sum[layer] * keep + (far.amax(2) if self.heads == "max" else far.mean(2))
             if layer == 0:
