@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from model import BLOCK, rotate
+from proto_model import BLOCK, rotate
 
 BIG = 1e4
 
@@ -128,7 +128,7 @@ class Policy:
         out = torch.bmm(p, l.V[:, :, :W].flatten(0, 1)).view(S, H, G, b, WIDE)
         if self.far_output:
             far = torch.bmm(p, l.V[:, :, :W, :d].flatten(0, 1) * l.V[:, :, :W, d].flatten(0, 1)[..., None]).view(S, H, G, b, d)
-            self.far_norms = far.square().sum(-1).mean((2, 3)), out[..., :d].square().sum(-1).mean((2, 3))
+            self.far_norms = far.square().sum(-1)[..., ::self.every].mean((2, 3)), out[..., :d].square().sum(-1)[..., ::self.every].mean((2, 3))
         if self.bits:
             for a in (l.K, l.V):
                 a[:, :, W - b:W, :d] = quantised(a[:, :, W - b:W, :d], self.bits, self.group, self.hadamard if self.turn else None)
@@ -242,6 +242,7 @@ class Express(Policy):
     def divide(self):
         """Budgets to window, protected and coreset of each head."""
         base = torch.minimum(self.B, torch.full_like(self.B, self.base * self.budget))
+        base = torch.minimum(base, self.B - self.sinks)
         rest = self.B - base - self.sinks
         window = self.window * torch.ones_like(rest)
         self.w = (base + window * rest).floor().clamp_min(1)

@@ -1,3 +1,6 @@
+"""Grid: signals, distances, powers, moments of settling, base, division, scores, slots of fewer bits (see grid.py)."""
+from grid import *
+
 SETS={"16k":(16384,12,10),"32k":(32768,6,6)}
 b=1024
 once=lambda D,p,**k:O(D,p,settle="once",**k)

@@ -5,8 +5,8 @@ import time
 
 import torch
 
-import policies
-from model import Model, score
+import proto_policies as policies
+from proto_model import Model, score
 
 
 def sync(device):
