@@ -38,7 +38,7 @@ class DeviceScope {
 // Properties of a device that kernels are chosen by.
 struct DeviceTraits {
   int32_t multiprocessors = 0;
-  int32_t compute_capability = 0;  // 90: 9.0
+  int32_t compute_capability = 0;      // 90: 9.0
   cuda::AttendMachine attend[2] = {};  // with one block of a multiprocessor, with two
 };
 
