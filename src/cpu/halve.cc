@@ -2,7 +2,8 @@
 //
 // Pairs are decided in order, in blocks. For a block, D_ab against all earlier pairs b is formed tile by tile and summed
 // with the signs already chosen into S_a at once, so no h x h matrix exists; then the block's own triangle of D is
-// scanned pair by pair.
+// scanned pair by pair. Of a long list only a span of columns is unpacked at a time, anew for every group of blocks, so that
+// scratch hardly grows with the list.
 #include "src/cpu/kernels.h"
 #include "src/cpu/targets.h"
 
@@ -15,14 +16,18 @@
 #define EXPRESS_SRC_CPU_HALVE_SHARED_
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace express::cpu {
 
-inline constexpr int64_t kPairs = 24;      // pairs of a block
-inline constexpr int64_t kStrip = 3;       // pairs whose products are in registers at a time
-inline constexpr int64_t kMostPanel = 32;  // pairs of a panel at the widest target; columns are padded to these
-inline constexpr int64_t kTriangle = 64;   // columns of the panels that a block touches, at most
-inline constexpr int64_t kStaged = 4;      // pairs that are transposed at a time
+inline constexpr int64_t kPairs = 24;          // pairs of a block
+inline constexpr int64_t kStrip = 3;           // pairs whose products are in registers at a time
+inline constexpr int64_t kMostPanel = 32;      // pairs of a panel at the widest target; columns are padded to these
+inline constexpr int64_t kMostLanes = 16;      // of a vector, there
+inline constexpr int64_t kTriangle = 64;       // columns of the panels that a block touches, at most
+inline constexpr int64_t kGroup = 2 * kPairs;  // pairs of the blocks that share a walk over the columns
+inline constexpr int64_t kSpan = 64;           // columns that are unpacked at a time, and that a group touches at most
+inline constexpr int64_t kStaged = 4;          // pairs that are transposed at a time
 inline constexpr float kLargestCoordinate = 1e17f;  // of a key; squared norms stay finite up to 1024 of these
 
 inline int64_t PadColumns(int64_t pairs) { return (pairs + kMostPanel - 1) / kMostPanel * kMostPanel; }
@@ -32,20 +37,32 @@ inline int64_t PadColumns(int64_t pairs) { return (pairs + kMostPanel - 1) / kMo
 struct HalveWork {
   int64_t pairs;    // h
   int64_t columns;  // h, padded
+  int64_t span;     // the first of the columns that are unpacked
+  int64_t group;    // the first of the pairs whose rows are packed
   int32_t key_dim, value_dim;
-  float* key;         // panels of (key_dim, panel / lanes, 2, lanes), x then y: centred, times sqrt(beta log2 e)
-  float* value;       // panels of (value_dim, panel / lanes, 2, lanes): over b
-  float* norm;        // (2, columns): c_i log2 e
-  float* root;        // (columns): sqrt(D_aa)
-  float* sign;        // (columns): +1 when x was kept, -1 when y was, 0 for the padding and what is not decided
-  float* mean;        // (key_dim)
-  float* staged;      // (2, kStaged, larger dim): rows on their way into a panel
-  float* key_rows;    // (kPairs, 2, key_dim): the block's pairs
-  float* value_rows;  // (kPairs, 2, value_dim)
-  float* triangle;    // (kPairs, kTriangle): D of the block's pairs with the columns of its panels
+  float*
+      key;  // kSpan columns in panels of (key_dim, panel / lanes, 2, lanes), x then y: centred, times sqrt(beta log2 e)
+  float* value;               // the same of (value_dim, panel / lanes, 2, lanes): over b
+  float* norm;                // (2, columns): c_i log2 e
+  float* root;                // (columns): sqrt(D_aa)
+  float* sign;                // (columns): +1 when x was kept, -1 when y was, 0 for the padding and what is not decided
+  float* mean;                // (key_dim)
+  float* staged;              // (2, kStaged, larger dim): rows on their way into a panel
+  float* key_rows = nullptr;  // (kGroup, 2, key_dim): the group's pairs
+  float* value_rows = nullptr;  // (kGroup, 2, value_dim)
+  float* partial = nullptr;     // (kGroup, lanes): sums over the columns so far, by lane
+  float* triangle = nullptr;    // (kPairs, kTriangle): D of the block's pairs with the columns of its panels
 };
 
-// What D_aa is made of.
+// What a list is read from, and what is made of its rows.
+struct HalveList {
+  const Slab& slab;
+  const int32_t* slots;  // (2 * pairs)
+  float beta;
+  float largest_value;  // b
+};
+
+// What D_aa is made of. In the memory of rows, sums and triangle, which come later.
 struct PairStats {
   float* distance;        // (columns): ||x - y||^2 of the keys
   float* value_x;         // (columns): ||v_x||^2
@@ -92,6 +109,10 @@ float MeanAndLargest(const Slab& slab, const int32_t* slots, const HalveWork& w)
   }
   largest = std::max(largest, hn::GetLane(hn::MaxOfLanes(d, top)));
   return largest > 0 ? largest : 1;
+}
+
+float ReadMean(const HalveList& list, const HalveWork& w) {
+  return WithType(list.slab.dtype, [&](auto type) { return MeanAndLargest<decltype(type)>(list.slab, list.slots, w); });
 }
 
 // to[j] = f(row[j]) for j < dim, vector by vector; the rest goes through a padded vector.
@@ -147,75 +168,90 @@ HWY_INLINE void Unstage(const float* staged, int64_t dim, int64_t pair, float* t
   }
 }
 
-// Fills the panels, w.norm with squared norms, and the statistics of the pairs.
+// How rows of keys and values are read: keys centred and scaled, values over b.
 template <class T>
-void LoadPairs(const Slab& slab, const int32_t* slots, float beta, float b, const HalveWork& w, const PairStats& s) {
-  const F32 d;
-  const int64_t dk = slab.key_dim, dv = slab.value_dim;
-  const auto scale = hn::Set(d, std::sqrt(std::max(0.0f, beta) * kLog2E)), divisor = hn::Set(d, b);
-  const auto limit = hn::Set(d, kLargestCoordinate), minus_limit = hn::Set(d, -kLargestCoordinate);
-  const auto centre = [&](auto x, int64_t j, int64_t count) HWY_ATTR {
-    HWY_ALIGN float rest[hn::MaxLanes(F32())] = {};
-    const bool whole = count == static_cast<int64_t>(hn::Lanes(d));
-    if (!whole) std::copy_n(w.mean + j, count, rest);
-    const auto centred = hn::Mul(hn::Sub(x, whole ? hn::LoadU(d, w.mean + j) : hn::Load(d, rest)), scale);
-    return hn::Min(hn::Max(centred, minus_limit), limit);
-  };
-  const auto divide = [&](auto x, int64_t, int64_t) HWY_ATTR { return hn::Div(x, divisor); };
+struct Rows {
+  Rows(const HalveList& list, const HalveWork& w)
+      : key(static_cast<const T*>(list.slab.key)),
+        value(static_cast<const T*>(list.slab.value)),
+        slots(list.slots),
+        mean(w.mean),
+        key_dim(w.key_dim),
+        value_dim(w.value_dim),
+        scale(std::sqrt(std::max(0.0f, list.beta) * kLog2E)),
+        power(list.largest_value < 0x1p-64f  ? 0x1p64f
+              : list.largest_value > 0x1p64f ? 0x1p-64f
+                                             : 1.0f),
+        inverse(1 / (list.largest_value * power)) {}
+
+  // The key of entry i of the list.
+  HWY_INLINE void Key(int64_t i, float* to) const {
+    const F32 d;
+    const auto factor = hn::Set(d, scale), limit = hn::Set(d, kLargestCoordinate);
+    const auto centre = [&](auto x, int64_t j, int64_t count) HWY_ATTR {
+      HWY_ALIGN float rest[hn::MaxLanes(F32())] = {};
+      const bool whole = count == static_cast<int64_t>(hn::Lanes(d));
+      if (!whole) std::copy_n(mean + j, count, rest);
+      const auto centred = hn::Mul(hn::Sub(x, whole ? hn::LoadU(d, mean + j) : hn::Load(d, rest)), factor);
+      return hn::Min(hn::Max(centred, hn::Neg(limit)), limit);
+    };
+    StageRow(key + slots[i] * key_dim, key_dim, centre, to);
+  }
+  HWY_INLINE void Value(int64_t i, float* to) const {
+    const auto first = hn::Set(F32(), power), second = hn::Set(F32(), inverse);
+    const auto divide = [&](auto x, int64_t, int64_t) HWY_ATTR { return hn::Mul(hn::Mul(x, first), second); };
+    StageRow(value + slots[i] * value_dim, value_dim, divide, to);
+  }
+
+  const T *key, *value;
+  const int32_t* slots;
+  const float* mean;
+  int64_t key_dim, value_dim;
+  float scale;
+  float power, inverse;  // 1 / b is their product: it may itself be too large or too small for a float
+};
+
+// body(rows) with the Rows of the list's type.
+template <class Body>
+HWY_INLINE void WithRows(const HalveList& list, const HalveWork& w, const Body& body) {
+  WithType(list.slab.dtype, [&](auto type) { body(Rows<decltype(type)>(list, w)); });
+}
+
+// The squared norms of all pairs, and what else D_aa is made of.
+void Measure(const HalveList& list, const HalveWork& w, const PairStats& s) {
+  WithRows(list, w, [&](const auto& rows) {
+    const int64_t dk = w.key_dim, dv = w.value_dim;
+    for (int64_t a = 0; a < w.pairs; ++a) {
+      for (int64_t half = 0; half < 2; ++half) rows.Key(2 * a + half, w.staged + half * dk);
+      Norms(w.staged, w.staged + dk, dk, w.norm + a, w.norm + w.columns + a, s.distance + a);
+      for (int64_t half = 0; half < 2; ++half) rows.Value(2 * a + half, w.staged + half * dv);
+      Norms(w.staged, w.staged + dv, dv, s.value_x + a, s.value_y + a, s.value_distance + a);
+    }
+  });
+  for (int64_t half = 0; half < 2; ++half)
+    std::fill(w.norm + half * w.columns + w.pairs, w.norm + (half + 1) * w.columns, 0.0f);
+}
+
+// Unpacks columns [begin, end), whole panels and at most kSpan, into the panels of the span.
+void Unpack(const HalveList& list, int64_t begin, int64_t end, HalveWork& w) {
   // A list that fits one vector of columns is met by no other (see BlockProducts): short lists are many, and most of their
   // time would be padding.
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto lanes = static_cast<int64_t>(hn::Lanes(F32()));
   const bool one_vector = (w.pairs - 1) / kStrip * kStrip + kStrip - 1 < lanes;
-  const int64_t columns = one_vector ? (lanes + kStaged - 1) / kStaged * kStaged : w.columns;
-  for (int64_t first = 0; first < columns; first += kStaged) {
-    const int64_t count = std::clamp<int64_t>(w.pairs - first, 0, kStaged);
-    if (count < kStaged) std::fill_n(w.staged, 2 * kStaged * dk, 0.0f);
-    for (int64_t i = 0; i < 2 * count; ++i)
-      StageRow(static_cast<const T*>(slab.key) + slots[2 * first + i] * dk, dk, centre,
-               w.staged + (i % 2 * kStaged + i / 2) * dk);
-    for (int64_t i = 0; i < kStaged; ++i) {
-      const int64_t a = first + i;
-      const float* x = w.staged + i * dk;
-      Norms(x, x + kStaged * dk, dk, w.norm + a, w.norm + w.columns + a, s.distance + a);
+  if (one_vector) end = (lanes + kStaged - 1) / kStaged * kStaged;
+  w.span = begin;
+  WithRows(list, w, [&](const auto& rows) {
+    const auto unpack = [&](int64_t first, int64_t dim, float* panels, const auto& read) {
+      const int64_t count = std::clamp<int64_t>(w.pairs - first, 0, kStaged);
+      if (count < kStaged) std::fill_n(w.staged, 2 * kStaged * dim, 0.0f);
+      for (int64_t i = 0; i < 2 * count; ++i) read(2 * first + i, w.staged + (i % 2 * kStaged + i / 2) * dim);
+      Unstage(w.staged, dim, first - begin, panels);
+    };
+    for (int64_t first = begin; first < end; first += kStaged) {
+      unpack(first, w.key_dim, w.key, [&](int64_t i, float* to) { rows.Key(i, to); });
+      unpack(first, w.value_dim, w.value, [&](int64_t i, float* to) { rows.Value(i, to); });
     }
-    Unstage(w.staged, dk, first, w.key);
-    if (count < kStaged) std::fill_n(w.staged, 2 * kStaged * dv, 0.0f);
-    for (int64_t i = 0; i < 2 * count; ++i)
-      StageRow(static_cast<const T*>(slab.value) + slots[2 * first + i] * dv, dv, divide,
-               w.staged + (i % 2 * kStaged + i / 2) * dv);
-    for (int64_t i = 0; i < kStaged; ++i) {
-      const int64_t a = first + i;
-      const float* x = w.staged + i * dv;
-      Norms(x, x + kStaged * dv, dv, s.value_x + a, s.value_y + a, s.value_distance + a);
-    }
-    Unstage(w.staged, dv, first, w.value);
-  }
-}
-
-void LoadList(const Slab& slab, const int32_t* slots, float beta, const HalveWork& w, const PairStats& stats) {
-  WithType(slab.dtype, [&](auto type) {
-    const float b = MeanAndLargest<decltype(type)>(slab, slots, w);
-    LoadPairs<decltype(type)>(slab, slots, beta, b, w, stats);
   });
-}
-
-// Copies the block's pairs out of the panels, to be read row by row: rows (count, 2, dim). Rows of a strip that ends
-// behind the list keep what they hold; nobody uses their products.
-HWY_INLINE void PackRows(const float* panels, int64_t dim, int64_t columns, int64_t first, int64_t count, float* rows) {
-  const auto lanes = static_cast<int64_t>(hn::Lanes(F32())), step = 2 * Panel();
-  for (int64_t i = 0; i < count && first + i < columns; i += kStaged)
-    for (int64_t half = 0; half < 2; ++half) {
-      float* to = rows + (2 * i + half) * dim;
-      int64_t j = 0;
-      if (lanes % kStaged == 0) {
-        const float* from = panels + PairAt(first + i, dim) + half * lanes;
-        for (; j + 4 <= dim; j += 4) TransposeFour(from + j * step, step, kStaged, to + j, 2 * dim);
-      }
-      for (int64_t pair = 0; pair < kStaged; ++pair) {
-        const float* from = panels + PairAt(first + i + pair, dim) + half * lanes;
-        for (int64_t rest = j; rest < dim; ++rest) to[pair * 2 * dim + rest] = from[rest * step];
-      }
-    }
 }
 
 // D_ab of the strip's pairs a (from `pair` on, its rows at key_rows and value_rows) and the first kWidth / 2 vectors
@@ -229,9 +265,9 @@ HWY_INLINE void StripProducts(const HalveWork& w, const float* key_rows, const f
   const auto lanes = static_cast<int64_t>(hn::Lanes(d)), row = kWidth * lanes, step = 2 * Panel();
   HWY_ALIGN float keys[kSix * 2 * kMaxPanel];    // (kStrip, 2, kWidth / 2, 2, lanes)
   HWY_ALIGN float values[kSix * 2 * kMaxPanel];  // (kStrip, 2, kWidth / 2, 2, lanes)
-  Multiply<kWidth, false>(key_rows, w.key_dim, 1, w.key + column * 2 * w.key_dim, step, w.key_dim, keys, row);
-  Multiply<kWidth, false>(value_rows, w.value_dim, 1, w.value + column * 2 * w.value_dim, step, w.value_dim, values,
-                          row);
+  const int64_t panel = 2 * (column - w.span);
+  Multiply<kWidth, false>(key_rows, w.key_dim, 1, w.key + panel * w.key_dim, step, w.key_dim, keys, row);
+  Multiply<kWidth, false>(value_rows, w.value_dim, 1, w.value + panel * w.value_dim, step, w.value_dim, values, row);
   const auto zero = hn::Zero(d), one = hn::Set(d, 1.0f);
   for (int64_t a = 0; a < kStrip; ++a)
     for (int64_t v = 0; v < kWidth / 2; ++v) {
@@ -249,22 +285,33 @@ HWY_INLINE void StripProducts(const HalveWork& w, const float* key_rows, const f
     }
 }
 
-// For the block's pairs a, first <= a < first + count: sums[a - first] = sum of sign_b D_ab over all pairs b decided so
-// far, and D_ab of the panels from that of `first` on in the triangle.
-void BlockProducts(const HalveWork& w, int64_t first, int64_t count, float* sums) {
+// Reads the rows of the group's pairs [first, first + count) and begins their sums. Rows of a strip that ends behind the list keep
+// what they hold; nobody uses their products.
+void BeginGroup(const HalveList& list, int64_t first, int64_t count, HalveWork& w) {
+  w.group = first;
+  WithRows(list, w, [&](const auto& rows) {
+    for (int64_t i = 0; i < 2 * count; ++i) {
+      rows.Key(2 * first + i, w.key_rows + i * w.key_dim);
+      rows.Value(2 * first + i, w.value_rows + i * w.value_dim);
+    }
+  });
+  std::fill_n(w.partial, kGroup * static_cast<int64_t>(hn::Lanes(F32())), 0.0f);
+}
+
+// For the block's pairs a, first <= a < first + count: adds sign_b D_ab of the decided pairs b among columns [begin, end), panels of
+// the span, to the sums of a, and writes D_ab of the panels from that of `first` on into the triangle.
+void BlockProducts(const HalveWork& w, int64_t first, int64_t count, int64_t begin, int64_t end) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d)), panel = Panel();
-  const int64_t own = first / panel * panel;                   // where the panels of the block itself begin
-  HWY_ALIGN float partial[kPairs * hn::MaxLanes(F32())] = {};  // (kPairs, lanes)
+  const int64_t own = first / panel * panel;  // where the panels of the block itself begin
   HWY_ALIGN float products[kStrip * kTriangle];
-  PackRows(w.key, w.key_dim, w.columns, first, count, w.key_rows);
-  PackRows(w.value, w.value_dim, w.columns, first, count, w.value_rows);
-  for (int64_t column = 0; column < first + count; column += panel)
+  for (int64_t column = begin; column < end; column += panel)
     for (int64_t a = 0; a < count; a += kStrip) {
       if (column > first + a + kStrip - 1) continue;  // all later than a
       float* out = column < own ? products : w.triangle + a * kTriangle + (column - own);
-      const float* key_rows = w.key_rows + a * 2 * w.key_dim;
-      const float* value_rows = w.value_rows + a * 2 * w.value_dim;
+      const int64_t row = first - w.group + a;
+      const float* key_rows = w.key_rows + row * 2 * w.key_dim;
+      const float* value_rows = w.value_rows + row * 2 * w.value_dim;
       // Where the panel crosses the diagonal, its first vectors may be all that is needed.
       const bool whole = column + lanes <= first + a + kStrip - 1;
       if (whole)
@@ -273,14 +320,20 @@ void BlockProducts(const HalveWork& w, int64_t first, int64_t count, float* sums
         StripProducts<2>(w, key_rows, value_rows, first + a, column, out);
       const int64_t width = whole ? panel : lanes;
       for (int64_t i = 0; i < kStrip; ++i) {
-        float* to = partial + (a + i) * lanes;
+        float* to = w.partial + (row + i) * lanes;
         auto sum = hn::Load(d, to);
         for (int64_t at = 0; at < width; at += lanes)
           sum = hn::MulAdd(hn::Load(d, w.sign + column + at), hn::Load(d, out + i * kTriangle + at), sum);
         hn::Store(sum, d, to);
       }
     }
-  for (int64_t a = 0; a < count; ++a) sums[a] = hn::GetLane(hn::SumOfLanes(d, hn::Load(d, partial + a * lanes)));
+}
+
+// sum of sign_b D_ab over all b so far, of pair a
+float PairSum(const HalveWork& w, int64_t a) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  return hn::GetLane(hn::SumOfLanes(d, hn::Load(d, w.partial + (a - w.group) * lanes)));
 }
 
 // The first column of the triangle of the block that begins at `first`.
@@ -292,8 +345,12 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace express::cpu {
 
-HWY_EXPORT(LoadList);
+HWY_EXPORT(ReadMean);
+HWY_EXPORT(Measure);
+HWY_EXPORT(Unpack);
+HWY_EXPORT(BeginGroup);
 HWY_EXPORT(BlockProducts);
+HWY_EXPORT(PairSum);
 HWY_EXPORT(TriangleBegin);
 
 namespace {
@@ -325,29 +382,54 @@ float Uniform(const StreamKey& key, RandomPurpose purpose, uint64_t number, int6
   return UniformFromBits(DrawBits(key, purpose, number, static_cast<uint32_t>(index)));
 }
 
-// Decides all pairs; sign[a] = +1 keeps x_a. The list is in `w`.
-void Decide(const HalveParams& params, const StreamKey& key, uint64_t number, const HalveWork& w) {
+// Decides the block's pairs in order, once their sums over the pairs before the block are known; sign[a] = +1 keeps x_a.
+// largest: max_{b <= a} sqrt(D_bb)
+void DecideBlock(const HalveWork& w, int64_t first, int64_t count, float factor, const StreamKey& key, uint64_t number,
+                 float* largest) {
+  const int64_t own = first - HWY_DYNAMIC_DISPATCH(TriangleBegin)(first);
+  float sums[kPairs];  // before the block's own signs are set
+  for (int64_t i = 0; i < count; ++i) sums[i] = HWY_DYNAMIC_DISPATCH(PairSum)(w, first + i);
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t a = first + i;
+    const float* row = w.triangle + i * kTriangle + own;
+    float sum = sums[i];
+    for (int64_t j = 0; j < i; ++j) sum += w.sign[first + j] * row[j];
+    *largest = std::max(*largest, w.root[a]);
+    const float threshold = factor * w.root[a] * *largest;
+    const float r = Uniform(key, RandomPurpose::kHalve, number, a);
+    const bool keep_y = threshold > 0 && a > 0 ? (2 * r - 1) * threshold < sum : r < 0.5f;
+    w.sign[a] = keep_y ? -1.0f : 1.0f;
+  }
+}
+
+// Decides all pairs of the list, whose norms and roots are in `w`.
+void Decide(const HalveList& list, const HalveParams& params, const StreamKey& key, uint64_t number, HalveWork& w) {
   const float factor =
       params.tau *
       static_cast<float>(0.5 + std::log(2.0 * static_cast<double>(2 * w.pairs) / static_cast<double>(params.delta)));
+  const bool whole = w.columns <= kSpan;  // the list is unpacked once and for all
+  if (whole) HWY_DYNAMIC_DISPATCH(Unpack)(list, 0, w.columns, w);
   std::fill_n(w.sign, w.columns, 0.0f);
-  float largest = 0;  // max_{b <= a} sqrt(D_bb)
-  for (int64_t first = 0; first < w.pairs; first += kPairs) {
-    const int64_t count = std::min(kPairs, w.pairs - first);
-    float sums[kPairs];
-    HWY_DYNAMIC_DISPATCH(BlockProducts)(w, first, count, sums);
-    const int64_t own = first - HWY_DYNAMIC_DISPATCH(TriangleBegin)(first);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t a = first + i;
-      const float* row = w.triangle + i * kTriangle + own;
-      float sum = sums[i];
-      for (int64_t j = 0; j < i; ++j) sum += w.sign[first + j] * row[j];
-      largest = std::max(largest, w.root[a]);
-      const float threshold = factor * w.root[a] * largest;
-      const float r = Uniform(key, RandomPurpose::kHalve, number, a);
-      const bool keep_y = threshold > 0 && a > 0 ? (2 * r - 1) * threshold < sum : r < 0.5f;
-      w.sign[a] = keep_y ? -1.0f : 1.0f;
+  float largest = 0;
+  for (int64_t group = 0; group < w.pairs; group += kGroup) {
+    const int64_t group_end = std::min(group + kGroup, w.pairs);
+    const int64_t own = whole ? 0 : HWY_DYNAMIC_DISPATCH(TriangleBegin)(group);
+    const auto for_each_block = [&](const auto& body) {
+      for (int64_t first = group; first < group_end; first += kPairs) body(first, std::min(kPairs, group_end - first));
+    };
+    HWY_DYNAMIC_DISPATCH(BeginGroup)(list, group, group_end - group, w);
+    for (int64_t begin = 0; begin < own; begin += kSpan) {
+      const int64_t end = std::min(begin + kSpan, own);
+      HWY_DYNAMIC_DISPATCH(Unpack)(list, begin, end, w);
+      for_each_block([&](int64_t first, int64_t count) {
+        HWY_DYNAMIC_DISPATCH(BlockProducts)(w, first, count, begin, end);
+      });
     }
+    if (!whole) HWY_DYNAMIC_DISPATCH(Unpack)(list, own, std::min(own + kSpan, w.columns), w);
+    for_each_block([&](int64_t first, int64_t count) {
+      HWY_DYNAMIC_DISPATCH(BlockProducts)(w, first, count, own, first + count);
+      DecideBlock(w, first, count, factor, key, number, &largest);
+    });
   }
 }
 
@@ -359,22 +441,28 @@ int64_t Layout(int64_t pairs, int32_t key_dim, int32_t value_dim, float* at, Hal
     used += (floats + 15) / 16 * 16;  // 64-byte alignment
     return taken;
   };
-  const int64_t columns = PadColumns(pairs), rows = std::min(pairs + kStrip, kPairs);
+  const int64_t columns = PadColumns(pairs), span = std::min(columns, kSpan), rows = std::min(pairs + kStrip, kGroup);
   *w = {.pairs = pairs,
         .columns = columns,
+        .span = 0,
+        .group = 0,
         .key_dim = key_dim,
         .value_dim = value_dim,
-        .key = take(columns * 2 * key_dim),
-        .value = take(columns * 2 * value_dim),
+        .key = take(span * 2 * key_dim),
+        .value = take(span * 2 * value_dim),
         .norm = take(2 * columns),
         .root = take(columns),
         .sign = take(columns),
         .mean = take(key_dim),
-        .staged = take(2 * kStaged * std::max(key_dim, value_dim)),
-        .key_rows = take(rows * 2 * key_dim),
-        .value_rows = take(rows * 2 * value_dim),
-        .triangle = take(kPairs * kTriangle)};
+        .staged = take(2 * kStaged * std::max(key_dim, value_dim))};
+  const int64_t begin = used;
   *s = {.distance = take(columns), .value_x = take(columns), .value_y = take(columns), .value_distance = take(columns)};
+  const int64_t end = std::exchange(used, begin);
+  w->key_rows = take(rows * 2 * key_dim);
+  w->value_rows = take(rows * 2 * value_dim);
+  w->partial = take(kGroup * kMostLanes);
+  w->triangle = take(kPairs * kTriangle);
+  used = std::max(used, end);
   return used;
 }
 
@@ -394,9 +482,11 @@ void Halve(const Slab& slab, const int32_t* slots, int64_t count, const HalvePar
   // The first pair of a list is a fair coin, and short lists are many: a list of one pair needs no products.
   const bool coins = params.coin || w.pairs == 1;
   if (!coins) {
-    HWY_DYNAMIC_DISPATCH(LoadList)(slab, slots, params.scale, w, stats);
+    HalveList list{.slab = slab, .slots = slots, .beta = params.scale, .largest_value = 1};
+    list.largest_value = HWY_DYNAMIC_DISPATCH(ReadMean)(list, w);
+    HWY_DYNAMIC_DISPATCH(Measure)(list, w, stats);
     FinishNorms(params.gamma, w, stats);
-    Decide(params, key, number, w);
+    Decide(list, params, key, number, w);
   }
   const bool complement = Uniform(key, RandomPurpose::kComplement, number, 0) < 0.5f;
   for (int64_t a = 0; a < w.pairs; ++a) {
