@@ -258,7 +258,7 @@ Status Cache::GetStats(int32_t layer, Stats* stats) const {
     s.entries_budget += budget * state.head_count;
     s.halvings += state.plan.halvings();
     for (int64_t slot = 0; slot < budget; ++slot) {
-      const int64_t weight = state.plan.weights()[slot];
+      const int64_t weight = state.plan.weight(slot);
       if (weight == 0) continue;
       s.min_weight = std::min(s.min_weight, weight);
       s.max_weight = std::max(s.max_weight, weight);

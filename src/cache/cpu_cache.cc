@@ -227,7 +227,7 @@ Status CpuCache::FinishLoad() {
   for (int32_t i = 0; i < plans_.plan_count; ++i) {
     const PlanState& state = plans_.plans[i];
     for (int64_t slot = 0; slot < state.plan.setting().budget; ++slot) {
-      const int64_t weight = state.plan.weights()[slot];
+      const int64_t weight = state.plan.weight(slot);
       state.log_weight[slot] = weight > 0 ? LogWeight(weight) : -std::numeric_limits<float>::infinity();
     }
   }
@@ -267,7 +267,7 @@ Status CpuCache::ExportHead(int32_t index, const Array& k, const Array& v, const
   const int64_t element = SizeOf(slab.dtype);
   int64_t row = 0;
   for (int64_t slot = 0; slot < slab.capacity; ++slot) {
-    if (state.plan.weights()[slot] == 0) continue;
+    if (state.plan.weight(slot) == 0) continue;
     cpu::Convert(static_cast<const char*>(slab.key) + slot * slab.key_dim * element, slab.dtype, k.At(row), k.dtype,
                  slab.key_dim);
     cpu::Convert(static_cast<const char*>(slab.value) + slot * slab.value_dim * element, slab.dtype, v.At(row), v.dtype,

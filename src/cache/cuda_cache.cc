@@ -356,9 +356,9 @@ Status CudaCache::ExportHead(int32_t index, const Array& k, const Array& v, cons
   };
   int32_t filled = 0;
   for (int32_t slot = 0; slot < head.capacity; ++slot) {
-    if (plan.weights()[slot] == 0) continue;
+    if (plan.weight(slot) == 0) continue;
     piece[filled] = -1 - slot;
-    weight_piece[filled++] = LogWeight(plan.weights()[slot]);
+    weight_piece[filled++] = LogWeight(plan.weight(slot));
     ++count;
     if (filled == kPiece) send(std::exchange(filled, 0));
   }

@@ -18,7 +18,7 @@ void PromptRun::ListEntries(int32_t i) {
   int32_t live = 0;
   floats_.clear();
   for (int64_t slot = 0; slot < budget; ++slot) {
-    const int64_t weight = p.weights()[slot];
+    const int64_t weight = p.weight(slot);
     rank.push_back(output_ != nullptr ? live : static_cast<int32_t>(slot));
     live += weight > 0;
     if (output_ == nullptr || weight > 0)

@@ -94,10 +94,10 @@ Status CudaCache::FinishLoad() {
   for (int32_t h = 0; h < HeadCount(); ++h) {
     const cuda::Head& head = parts_.head_copies[h];
     if (head.leader == 0) continue;
-    const int64_t* of_slots = plans_.plans[head.plan].plan.weights();
+    const plan::Plan& plan = plans_.plans[head.plan].plan;
     weights.clear();
     for (int32_t slot = 0; slot < head.capacity; ++slot)
-      weights.push_back(of_slots[slot] > 0 ? LogWeight(of_slots[slot]) : -std::numeric_limits<float>::infinity());
+      weights.push_back(plan.weight(slot) > 0 ? LogWeight(plan.weight(slot)) : -std::numeric_limits<float>::infinity());
     EXPRESS_RETURN_IF_ERROR(
         CudaError("cache", cudaMemcpyAsync(head.log_weight, weights.data(), weights.size() * sizeof(float),
                                            cudaMemcpyHostToDevice, stream_)));

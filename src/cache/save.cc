@@ -78,7 +78,7 @@ void Cache::TransferHead(Archive& archive, int32_t head, HeadArrays& arrays) con
   const int64_t key_bytes = config_.key_dim * SizeOf(config_.dtype),
                 value_bytes = config_.value_dim * SizeOf(config_.dtype);
   for (int64_t slot = 0; slot < budget; ++slot) {
-    const bool live = plan.weights()[slot] > 0;
+    const bool live = plan.weight(slot) > 0;
     archive.Array(arrays.key + slot * key_bytes, live ? key_bytes : 0, key_bytes);
     archive.Array(arrays.value + slot * value_bytes, live ? value_bytes : 0, value_bytes);
     archive.Array(arrays.position + slot, live ? 1 : 0, 1);

@@ -63,7 +63,7 @@ class Plan {
   int64_t departures() const { return departures_; }  // tokens that have left the exact tail
   int64_t live() const { return pool_.live(); }
   int64_t halvings() const { return pool_.halvings(); }
-  const int64_t* weights() const { return pool_.weights(); }  // (budget), 0 = free
+  int64_t weight(Slot slot) const { return pool_.weight(slot); }  // 0 = free
 
   int64_t protected_count() const { return protected_count_; }
   Slot protected_slot(int64_t i) const { return protected_[i]; }  // in the order in which they were taken

@@ -4,7 +4,7 @@ namespace express::plan {
 
 void Pool::Reset() {
   for (int64_t i = 0; i < capacity_; ++i) {
-    weight_[i] = 0;
+    code_[i] = kFree;
     next_[i] = static_cast<Slot>(i + 1 < capacity_ ? i + 1 : kNoSlot);
   }
   free_ = 0;
@@ -13,17 +13,17 @@ void Pool::Reset() {
 }
 
 void Pool::Resize(Arena& arena, int64_t known, int64_t capacity) {
-  weight_ = arena.Take<int64_t>(capacity);
+  code_ = arena.Take<uint8_t>(capacity);
   next_ = arena.Take<Slot>(capacity);
   capacity_ = capacity;
-  for (int64_t i = known; i < capacity; ++i) weight_[i] = 0;
+  for (int64_t i = known; i < capacity; ++i) code_[i] = kFree;
   RebuildFree();
 }
 
 void Pool::RebuildFree() {
   Slot* link = &free_;
   for (int64_t i = 0; i < capacity_; ++i) {
-    if (weight_[i] != 0) continue;
+    if (code_[i] != kFree) continue;
     *link = static_cast<Slot>(i);
     link = &next_[i];
   }
@@ -31,14 +31,14 @@ void Pool::RebuildFree() {
 }
 
 void Pool::Halve(Fifo& from, int64_t count, Fifo& to, Operations& out) {
-  const int64_t weight = 2 * weight_[from.head];
-  out.Begin(OpKind::kHalve, halvings_++, weight);
+  const int64_t doubled = 2 * weight(from.head);
+  out.Begin(OpKind::kHalve, halvings_++, doubled);
   for (int64_t i = 0; i < count; i += 2) {
     const Slot kept = Pop(from);
     const Slot freed = Pop(from);
     out.AddSlot(kept);
     out.AddSlot(freed);
-    weight_[kept] = weight;
+    SetWeight(kept, doubled);
     Push(to, kept);
     Release(freed);
   }

@@ -2,6 +2,7 @@
 #ifndef EXPRESS_SRC_PLAN_POOL_H_
 #define EXPRESS_SRC_PLAN_POOL_H_
 
+#include <bit>
 #include <cstdint>
 
 #include "src/core/archive.h"
@@ -17,11 +18,11 @@ struct Fifo {
   int64_t count = 0;
 };
 
-// All slots of one plan. weight 0 = free.
+// All slots of one plan. weight 0 = free. Weights are powers of two, but for one slot's, that of the open reservoir: a byte says which.
 class Pool {
  public:
   Pool(Arena& arena, int64_t capacity)
-      : weight_(arena.Take<int64_t>(capacity)), next_(arena.Take<Slot>(capacity)), capacity_(capacity) {}
+      : code_(arena.Take<uint8_t>(capacity)), next_(arena.Take<Slot>(capacity)), capacity_(capacity) {}
 
   void Reset();
 
@@ -29,12 +30,12 @@ class Pool {
   Slot Allocate() {
     const Slot slot = free_;
     free_ = next_[slot];
-    weight_[slot] = 1;
+    code_[slot] = kOne;
     ++live_;
     return slot;
   }
   void Release(Slot slot) {
-    weight_[slot] = 0;
+    code_[slot] = kFree;
     next_[slot] = free_;
     free_ = slot;
     --live_;
@@ -78,26 +79,35 @@ class Pool {
   }
   // The lowest free slot at or above *from; *from moves behind it. To be followed by RebuildFree.
   Slot NextFree(Slot* from) const {
-    while (weight_[*from] != 0) ++*from;
+    while (code_[*from] != kFree) ++*from;
     return (*from)++;
   }
   void Move(Slot from, Slot to) {
-    weight_[to] = weight_[from];
+    code_[to] = code_[from];
     next_[to] = next_[from];
-    weight_[from] = 0;
+    code_[from] = kFree;
   }
   // Slots [0, capacity), of which those from `known` on are new and free. Their memory has room for as many.
   void Resize(Arena& arena, int64_t known, int64_t capacity);
   void RebuildFree();
 
-  void SetWeight(Slot slot, int64_t weight) { weight_[slot] = weight; }
-  const int64_t* weights() const { return weight_; }
+  // Of one slot at a time the weight may be none of the powers of two.
+  void SetWeight(Slot slot, int64_t weight) {
+    const auto bits = static_cast<uint64_t>(weight);
+    if (!std::has_single_bit(bits)) odd_weight_ = weight;
+    code_[slot] = std::has_single_bit(bits) ? static_cast<uint8_t>(kOne + std::countr_zero(bits)) : kOdd;
+  }
+  int64_t weight(Slot slot) const {
+    const uint8_t code = code_[slot];
+    return code == kFree ? 0 : code == kOdd ? odd_weight_ : int64_t{1} << (code - kOne);
+  }
   int64_t capacity() const { return capacity_; }
   int64_t live() const { return live_; }
   int64_t halvings() const { return halvings_; }
 
   void Transfer(Archive& archive) {
-    archive.Array(weight_, capacity_, capacity_);
+    archive.Array(code_, capacity_, capacity_);
+    archive.Field(odd_weight_);
     archive.Array(next_, capacity_, capacity_);
     archive.Field(free_);
     archive.Field(live_);
@@ -105,9 +115,12 @@ class Pool {
   }
 
  private:
-  int64_t* weight_;  // (capacity)
-  Slot* next_;       // (capacity): free list and Fifos
+  static constexpr uint8_t kFree = 0, kOne = 1, kOdd = 255;
+
+  uint8_t* code_;  // (capacity): kFree, kOne + log2 of the weight, or kOdd
+  Slot* next_;     // (capacity): free list and Fifos
   int64_t capacity_;
+  int64_t odd_weight_ = 0;  // of the slot with kOdd
   Slot free_ = kNoSlot;
   int64_t live_ = 0;
   int64_t halvings_ = 0;

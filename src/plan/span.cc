@@ -123,7 +123,7 @@ int32_t Span::NewNode(PlanRecord& record, int32_t depth) {
 void Span::Snapshot(PlanRecord& record, const Plan& plan) {
   const auto begin = static_cast<int32_t>(members_.size());
   for (const int32_t slot : record.coreset)
-    members_.push_back({record.node[static_cast<size_t>(slot)], LogWeight(plan.weights()[slot])});
+    members_.push_back({record.node[static_cast<size_t>(slot)], LogWeight(plan.weight(slot))});
   record.snapshots.push_back({begin, static_cast<int32_t>(record.coreset.size()),
                               static_cast<int32_t>(record.departures), static_cast<int32_t>(plan.protected_count())});
   record.open_sample = -1;  // what it has given so far is read: it must not change any more

@@ -168,5 +168,35 @@ TEST(Bytes, CreationAllocatesWhatIsReportedAndNothingIsAllocatedLater) {
 }
 #endif
 
+// Keys and values are nearly all of a cache: bytes beside them, as a share of them, and what each further thread takes.
+TEST(BytesTest, LittleBesideTheEntries) {
+  std::vector<float> share(256);
+  for (size_t i = 0; i < share.size(); ++i) share[i] = static_cast<float>(i * 37 % 64 * (i * 37 % 64));
+  Config c;
+  c.layers = 32;
+  c.query_heads = 32;
+  c.kv_heads = 8;
+  c.key_dim = c.value_dim = 128;
+  c.dtype = DType::kBF16;
+  c.budget = 1024;
+  const auto entries = static_cast<double>(256 * c.budget * 2 * 128 * 2);
+  const auto expect = [&](double most) {
+    int64_t one = 0, many = 0;
+    c.threads = 1;
+    ASSERT_OK(ExpressCache::Size(c, &one, nullptr));
+    c.threads = 17;
+    ASSERT_OK(ExpressCache::Size(c, &many, nullptr));
+    EXPECT_LE(static_cast<double>(one), (1 + most) * entries);
+    EXPECT_LE(many - one, 16 * 260000);
+  };
+  c.head_budgets = HeadBudgets::kFixed;
+  expect(0.027);  // the eight heads of a layer share their plan
+  c.head_share = share;
+  expect(0.053);
+  c.head_share = {};
+  c.head_budgets = HeadBudgets::kObserved;
+  expect(0.056);
+}
+
 }  // namespace
 }  // namespace express

@@ -40,7 +40,7 @@ void CheckState(const Setting& s, Plan& plan, const Shadow& shadow) {
   std::vector<bool> exact(static_cast<size_t>(n), false);
   int64_t odd = 0;
   for (int64_t slot = 0; slot < s.budget; ++slot) {
-    const int64_t weight = plan.weights()[slot];
+    const int64_t weight = plan.weight(slot);
     ASSERT_EQ(weight, shadow.weights()[static_cast<size_t>(slot)]);
     if (weight == 0) continue;
     if (!std::has_single_bit(static_cast<uint64_t>(weight))) ++odd;
@@ -70,7 +70,7 @@ TEST(Plan, InvariantsHoldAfterEveryTokenOverAGridOfSettings) {
       }
     }
     int64_t sum = 0;
-    for (int64_t slot = 0; slot < s.budget; ++slot) sum += plan->weights()[slot];
+    for (int64_t slot = 0; slot < s.budget; ++slot) sum += plan->weight(slot);
     EXPECT_EQ(sum, plan->tokens());
     EXPECT_LE(shadow.largest_list(), plan->MaxList());
   }
@@ -108,8 +108,8 @@ TEST(Plan, LongStreamsKeepTheInvariantsAndTheWorkBound) {
       sample = sample * 3 / 2;
       int64_t sum = 0, odd = 0;
       for (int64_t slot = 0; slot < s.budget; ++slot) {
-        sum += plan->weights()[slot];
-        odd += plan->weights()[slot] != 0 && !std::has_single_bit(static_cast<uint64_t>(plan->weights()[slot]));
+        sum += plan->weight(slot);
+        odd += plan->weight(slot) != 0 && !std::has_single_bit(static_cast<uint64_t>(plan->weight(slot)));
       }
       ASSERT_EQ(sum, plan->tokens());
       ASSERT_LE(odd, 1);

@@ -73,9 +73,9 @@ class ResizedPlan {
     };
     int64_t total = 0, live = 0;
     for (int64_t slot = 0; slot < s.budget; ++slot) {
-      total += plan_->weights()[slot];
-      live += plan_->weights()[slot] > 0;
-      if (plan_->weights()[slot] != shadow_.weights()[static_cast<size_t>(slot)])
+      total += plan_->weight(slot);
+      live += plan_->weight(slot) > 0;
+      if (plan_->weight(slot) != shadow_.weights()[static_cast<size_t>(slot)])
         return fail() << "weight of slot " << slot;
     }
     if (total != plan_->tokens()) return fail() << "weights sum to " << total;
@@ -85,7 +85,7 @@ class ResizedPlan {
     if (plan_->protected_count() > s.protect) return fail() << "protected " << plan_->protected_count();
     // The exact tail is the last tokens.
     for (int64_t i = 0; i < plan_->tail_count(); ++i)
-      if (const Slot slot = plan_->tail_slot(i); plan_->weights()[slot] != 1) return fail() << "tail weight";
+      if (const Slot slot = plan_->tail_slot(i); plan_->weight(slot) != 1) return fail() << "tail weight";
     std::vector<int> seen(static_cast<size_t>(s.budget));
     const auto see = [&](Slot slot) { ++seen.at(static_cast<size_t>(slot)); };
     for (int64_t i = 0; i < plan_->sink_count(); ++i) see(plan_->sink_slot(i));
@@ -93,7 +93,7 @@ class ResizedPlan {
     for (int64_t i = 0; i < plan_->protected_count(); ++i) see(plan_->protected_slot(i));
     plan_->ForEachCoresetSlot(see);
     for (int64_t slot = 0; slot < s.budget; ++slot)
-      if (seen[static_cast<size_t>(slot)] != (plan_->weights()[slot] > 0))
+      if (seen[static_cast<size_t>(slot)] != (plan_->weight(slot) > 0))
         return fail() << "slot " << slot << " has no one place";
     return testing::AssertionSuccess();
   }

@@ -163,7 +163,7 @@ struct Head {
     for (int64_t j = 0; j < spanned->sink_count(); ++j) put(spanned->sink_slot(j), j);
     const Token tail = spanned->tokens() - spanned->tail_count();
     for (int64_t j = 0; j < spanned->tail_count(); ++j) put(spanned->tail_slot(j), tail + j);
-    slab.weight.assign(spanned->weights(), spanned->weights() + setting.budget);
+    for (Slot slot = 0; slot < setting.budget; ++slot) At(slab.weight, slot) = spanned->weight(slot);
     ASSERT_EQ(slab.token, expected.token);
     ASSERT_EQ(slab.weight, expected.weight);
     ASSERT_EQ(slab.protected_slots, expected.protected_slots);

@@ -64,7 +64,7 @@ std::vector<Entry> Stream(int64_t n, int64_t s, BalancingHalver& halver) {
   }
   std::vector<Entry> cache;
   for (int64_t slot = 0; slot < setting.budget; ++slot)
-    if (plan->weights()[slot] > 0) cache.push_back({token[static_cast<size_t>(slot)], plan->weights()[slot]});
+    if (plan->weight(slot) > 0) cache.push_back({token[static_cast<size_t>(slot)], plan->weight(slot)});
   return cache;
 }
 
