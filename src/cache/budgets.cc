@@ -75,22 +75,30 @@ void MovePieces(char* memory, const Arena::Piece* from, const Arena::Piece* to, 
 
 void Cache::ResetBudgets() {
   std::fill_n(budgets_.observed, HeadCount(), Observed{});
+  observation_closed_ = 0;
   next_settling_ = mean_budget_ - mean_budget_ / 16;  // just before an equal share is full
 }
 
-// Whether budgets are due to be settled: at the beginning of a step of all layers.
-bool Cache::SettlingDue() const {
-  if (budgets_.observed == nullptr) return false;
+// A step of all layers is about to begin, and the plans can be changed.
+bool Cache::AtStepBoundary() const {
   const int64_t tokens = LayerTokens(0);
-  if (tokens < next_settling_) return false;
   for (int32_t layer = 1; layer < config_.layers; ++layer)
     if (LayerTokens(layer) != tokens) return false;
-  return true;
+  return CanResize();
 }
 
+// What is due at the beginning of a call that appends.
 Status Cache::SettleBudgets() {
-  if (!SettlingDue()) return Status();
-  const int64_t tokens = LayerTokens(0), largest = LargestBudget(config_, mean_budget_, HeadCount());
+  if (budgets_.observed == nullptr) return Status();
+  const int64_t tokens = LayerTokens(0), due = observation_closed_ != 0 ? next_settling_ : ObservationEnd(mean_budget_);
+  if (tokens < due || !AtStepBoundary()) return Status();
+  if (observation_closed_ == 0) {
+    EXPRESS_RETURN_IF_ERROR(CloseObservation());
+    observation_closed_ = 1;
+    if (tokens < next_settling_) return Status();
+  }
+  EXPRESS_RETURN_IF_ERROR(AwaitObservation());
+  const int64_t largest = LargestBudget(config_, mean_budget_, HeadCount());
   const int64_t most = std::min(largest, 2 * tokens);  // soon no head has more to hold
   next_settling_ = most < largest ? std::max(2 * mean_budget_, 2 * tokens) : std::numeric_limits<int64_t>::max();
   const int32_t heads = HeadCount();
@@ -124,6 +132,14 @@ Status Cache::ResizeHeads() {
   for (int32_t h = 0; h < HeadCount(); ++h) budgets_.current[h] = HeadSettingOf(h);
   if (!ResizeFits())
     return Error(StatusCode::kInternal, "config.head_budgets: the new budgets do not fit into the cache's memory");
+  EXPRESS_RETURN_IF_ERROR(GiveUpAndCompact());
+  EXPRESS_RETURN_IF_ERROR(FinishResize());
+  CountEntries(0, config_.layers);
+  return Status();
+}
+
+// One head after the other.
+Status Cache::GiveUpAndCompact() {
   plan::Operations& operations = plans_.operations;
   for (int32_t h = 0; h < HeadCount(); ++h) {
     const int32_t index = plans_.head_plan[h];
@@ -139,8 +155,6 @@ Status Cache::ResizeHeads() {
     plan.Compact(next.budget, operations);
     EXPRESS_RETURN_IF_ERROR(ExecuteOperations(index));
   }
-  EXPRESS_RETURN_IF_ERROR(FinishResize());
-  CountEntries(0, config_.layers);
   return Status();
 }
 

@@ -23,6 +23,10 @@ struct Observed {
 };
 inline constexpr double kFarUnit = 4294967296.0;
 
+// Where the mean budget is `mean`: tokens at positions [mean / 2, ObservationEnd) are observed. It ends a little before budgets are
+// settled: on a GPU what was observed is then on its way to the host for a while.
+constexpr int64_t ObservationEnd(int64_t mean) { return mean - mean / 8; }
+
 struct Budgets {
   Observed* observed;       // (layers, kv_heads); null where budgets are fixed
   double* share;            // (layers, kv_heads)

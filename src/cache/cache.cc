@@ -154,6 +154,7 @@ Status Cache::Prefill(int32_t layer, const Tensor& q, const Tensor& k, const Ten
 Status Cache::StepPrepare(int64_t n) {
   EXPRESS_RETURN_IF_ERROR(CheckUsable());
   if (n < 0) return Error(StatusCode::kInvalidArgument, "n: expected >= 0, got ", n);
+  EXPRESS_RETURN_IF_ERROR(SettleBudgets());
   return DoStepPrepare(n);
 }
 
@@ -268,6 +269,7 @@ Status Cache::GetStats(int32_t layer, Stats* stats) const {
   s.entries_peak = layer == kAllLayers ? entries_peak_ : plans_.layer_peak[layer];
   s.bytes = s.bytes_peak = bytes_;
   s.compress_seconds = CompressSeconds();
+  s.head_budgets = config_.head_budgets;
   *stats = s;
   return Status();
 }

@@ -120,11 +120,23 @@ class Cache {
   virtual Status OpenHead(int32_t head, bool read, void* staging, HeadArrays* arrays) const = 0;
   virtual Status StoreHead(int32_t head, const HeadArrays& arrays) = 0;
   virtual Status FinishLoad() { return Status(); }
-  // Everything that heads hold, from a cache of the same backend and shape.
+  // Everything that heads hold, from a cache of the same backend and shape. Before that, where budgets are observed, BeginCopy: what
+  // this cache holds is of no use any more.
+  virtual Status BeginCopy() { return ResetData(); }
   virtual Status CopyHeads(const Cache& from) = 0;
-  // Observed budgets: whether budgets_.settings fit into the cache's memory; the head is about to give up what `next` has no
-  // room for; everything goes to where those settings have it.
+  // Observed budgets. What was observed: is on its way to budgets_.observed from now on; is there, waiting if it must; is there,
+  // for a cache to be saved; has been set there.
+  virtual Status CloseObservation() { return Status(); }
+  virtual Status AwaitObservation() { return Status(); }
+  virtual Status FetchObserved() const { return Status(); }
+  virtual Status StoreObserved() { return Status(); }
+  virtual bool ObservationKnown() const { return true; }  // it has been closed, and is there; or it has not
+  // Whether plans may change now; whether budgets_.settings fit into the cache's memory; all heads give up what those have no room
+  // for, and live slots move below the new budgets (each begins by BeginResize on the CPU); everything goes to where those settings
+  // have it.
+  virtual bool CanResize() const { return true; }
   virtual bool ResizeFits() const { return false; }
+  virtual Status GiveUpAndCompact();
   virtual void BeginResize(int32_t, const plan::Setting&) {}
   virtual Status FinishResize() { return Status(); }
   virtual double CompressSeconds() const { return 0; }
@@ -139,7 +151,11 @@ class Cache {
   // budgets.cc
   void ResetBudgets();
   int64_t FarDistance() const { return mean_budget_ / 2; }
-  bool SettlingDue() const;
+  bool Observes(int64_t position) const {
+    return budgets_.observed != nullptr && observation_closed_ == 0 && position % kObserveEvery == 0 &&
+           position >= FarDistance() && position < ObservationEnd(mean_budget_);
+  }
+  bool AtStepBoundary() const;
   Status SettleBudgets();
   Status ResizeHeads();
   Status EqualHeads();
@@ -169,8 +185,9 @@ class Cache {
   int64_t bytes_;
   TensorCheck check_;
   int64_t mean_budget_;
-  int64_t next_settling_ = 0;  // tokens
-  size_t save_bytes_;          // of a saved cache, its header included
+  int64_t next_settling_ = 0;       // tokens
+  int64_t observation_closed_ = 0;  // 1: nothing is observed any more
+  size_t save_bytes_;               // of a saved cache, its header included
   int64_t entries_ = 0;
   int64_t entries_peak_ = 0;
   int64_t entries_budget_ = 0;

@@ -98,10 +98,6 @@ class CpuCache final : public Cache {
   Status Broken();
 
   // observe.cc
-  bool Observes(int64_t position) const {
-    return budgets_.observed != nullptr && position % kObserveEvery == 0 && position >= FarDistance() &&
-           position < mean_budget_;
-  }
   void ObserveDecode(const HeadState& head, const float* q, int64_t rows, const float* max, const float* sum) const;
   void ObserveBlock(const HeadState& head, const Array& q, int64_t row, int64_t position, const float* lse,
                     int64_t lse_stride) const;

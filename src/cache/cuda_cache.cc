@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -83,6 +84,13 @@ Status ReadTraits(int32_t device, DeviceTraits* traits) {
   return Status();
 }
 
+PinnedMemory LayoutPinned(const Resolved& resolved, int32_t plan_count, Arena& arena) {
+  const int64_t heads = int64_t{resolved.config.layers} * resolved.config.kv_heads;
+  int32_t* progress = arena.Take<int32_t>(2 * plan_count);
+  Observed* observed = arena.Take<Observed>(resolved.observed() ? heads : 0);
+  return {progress, observed};
+}
+
 }  // namespace
 
 TensorCheck CudaTensorCheck(int32_t device_id) {
@@ -116,34 +124,113 @@ Status CheckCudaConfig(const Config& c) {
 }
 
 // Runs over counting arenas first; then `host` has host memory, and `device` device memory that is only addressed here.
-CudaParts CudaCache::Layout(const Resolved& r, int32_t* progress, Arena& host, Arena& device) {
+CudaParts CudaCache::Layout(const Shape& r, const PinnedMemory& pinned, Arena& host, Arena& device) {
   const Config& c = r.config;
-  const int64_t heads = int64_t{c.layers} * c.kv_heads, element = SizeOf(c.dtype), group = c.query_heads / c.kv_heads;
+  const int64_t heads = int64_t{c.layers} * c.kv_heads;
+  // What another division of the same total can take more, by rounding: on the host, and on the device.
+  const int64_t slack = r.largest != nullptr ? heads * 1024 : 0;
   CudaParts parts{};
+  parts.budgets = LayoutBudgets(r, host);
+  if (parts.budgets.observed != nullptr) parts.budgets.observed = pinned.observed;
   parts.plans_begin = host.Take<char>(0);
   const size_t before = host.used();
-  parts.plans = LayoutPlans(r.shape(), false, false, host);
+  parts.plans = LayoutPlans(r, false, false, host);
+  host.Take<char>(slack);
   parts.plans_bytes = static_cast<int64_t>(host.used() - before);
   parts.plans_saved = host.Take<char>(parts.plans_bytes);
-  const int32_t plan_count = parts.plans.plan_count;
   parts.head_copies = host.Take<cuda::Head>(heads);
-  parts.ring_copies = host.Take<cuda::Ring>(plan_count);
-  parts.ring_states = host.Take<RingState>(plan_count);
+  parts.ring_copies = host.Take<cuda::Ring>(parts.plans.plan_count);
+  parts.ring_states = host.Take<RingState>(parts.plans.plan_count);
   parts.ahead = host.Take<uint8_t>(c.layers);
   parts.record_words = cuda::kRecordHeader + 10 * parts.plans.max_ops + parts.plans.max_slots;
   parts.record = host.Take<int32_t>(parts.record_words);
+  LayoutFixed(r, pinned, device, &parts);
+  const size_t begin = device.used();
+  parts.arrays = device.Take<char>(0);
+  LayoutArrays(r, parts.plans, device, parts.heads != nullptr ? parts.head_copies : nullptr);
+  device.Take<char>(slack);
+  parts.array_bytes = device.used() - begin;
+  parts.state_bytes += parts.array_bytes;
+  if (r.largest == nullptr) return parts;
+  const bool counting = parts.head_copies == nullptr || parts.heads == nullptr;
+  parts.work = device.Take<char>(0);
+  LayoutWork(r, device, counting ? nullptr : parts.head_copies, counting ? nullptr : parts.ring_copies);
+  device.Take<char>(slack);
+  parts.work_bytes = device.used() - begin - parts.array_bytes;
+  return parts;
+}
 
-  parts.heads = device.Take<cuda::Head>(heads);
-  parts.rings = device.Take<cuda::Ring>(plan_count);
-  int64_t most = 0;
-  for (const plan::Setting& setting : r.settings) most = std::max(most, setting.budget);
-  parts.slot_scratch = device.Take<int32_t>(2 * most);
+void CudaCache::LayoutFixed(const Shape& r, const PinnedMemory& pinned, Arena& device, CudaParts* parts) {
+  const Config& c = r.config;
+  const int64_t heads = int64_t{c.layers} * c.kv_heads;
+  parts->heads = device.Take<cuda::Head>(heads);
+  parts->rings = device.Take<cuda::Ring>(parts->plans.plan_count);
+  int64_t most = r.largest != nullptr ? r.largest->budget : 0;
+  for (int64_t h = 0; h < heads; ++h) most = std::max(most, r.settings[h].budget);
+  parts->slot_scratch = device.Take<int32_t>(std::max(2 * most, heads));
   // Split attention of one layer at a time: a KV head's partial results are at the same place in every layer.
   const int64_t partial = cuda::AttendMaxSplits(static_cast<int32_t>(most)) * cuda::kPartialRows * (c.value_dim + 2);
   float* partials = device.Take<float>(partial * c.kv_heads);
+  parts->buffer = reinterpret_cast<char*>(partials);
+  parts->buffer_bytes = static_cast<size_t>(partial * c.kv_heads) * sizeof(float);
   int32_t* tickets = device.Take<int32_t>(c.kv_heads);
-  const auto scratch = static_cast<int64_t>(cuda::HalveScratch(static_cast<int32_t>(parts.plans.max_list)));
-  const bool counting = parts.head_copies == nullptr || parts.heads == nullptr;
+  const auto scratch = static_cast<int64_t>(cuda::HalveScratch(static_cast<int32_t>(parts->plans.max_list)));
+  const bool counting = parts->head_copies == nullptr || parts->heads == nullptr;
+  const bool observed = r.largest != nullptr;  // then rings and scratch change with the budgets
+  const auto ring_words = static_cast<int32_t>(2 * parts->record_words + kRingExtra);
+  for (int32_t i = 0; i < parts->plans.plan_count; ++i) {
+    int32_t* words = device.Take<int32_t>(observed ? 0 : ring_words);
+    if (counting) continue;
+    parts->ring_copies[i] = {.words = words,
+                             .capacity = ring_words,
+                             .heads = parts->plans.plans[i].head_count,
+                             .cursor = 0,
+                             .sequence = 0,
+                             .arrived = 0,
+                             .progress = pinned.progress != nullptr ? pinned.progress + 2 * i : nullptr};
+    new (&parts->ring_states[i]) RingState();
+  }
+  char* scratches = device.Take<char>(observed ? 0 : (scratch + 255) / 256 * 256 * heads);
+  const size_t state = device.used();
+  parts->state = device.Take<char>(0);
+  parts->seen = device.Take<cuda::Seen>(r.largest != nullptr ? heads : 0);
+  if (r.largest == nullptr) parts->seen = nullptr;
+  int32_t* counts = device.Take<int32_t>(2 * heads);
+  parts->state_bytes = device.used() - state;
+  if (counting) return;
+  for (int64_t h = 0; h < heads; ++h) {
+    cuda::Head& head = *new (&parts->head_copies[h]) cuda::Head();
+    head.partial = partials + h % c.kv_heads * partial;
+    head.ticket = tickets + h % c.kv_heads;
+    head.halve_scratch = scratches + (scratch + 255) / 256 * 256 * h;
+    head.protected_count = counts + 2 * h;
+    head.seen = parts->seen != nullptr ? parts->seen + h : nullptr;
+    head.plan = parts->plans.head_plan[h];
+    head.stream = MakeStreamKey(c.seed, static_cast<uint32_t>(c.first_layer + h / c.kv_heads),
+                                static_cast<uint32_t>(c.first_kv_head + h % c.kv_heads));
+  }
+}
+
+// Every head has a plan of its own.
+void CudaCache::LayoutWork(const Shape& r, Arena& device, cuda::Head* described, cuda::Ring* rings) {
+  const int64_t heads = int64_t{r.config.layers} * r.config.kv_heads;
+  for (int64_t h = 0; h < heads; ++h) {
+    Arena none;
+    const plan::Plan plan(r.settings[h], none);
+    const int64_t record = cuda::kRecordHeader + 10 * plan.MaxOps() + std::max(plan.MaxSlots(), r.settings[h].budget);
+    const auto words = static_cast<int32_t>(2 * record + kRingExtra);
+    int32_t* ring = device.Take<int32_t>(words);
+    char* scratch = device.Take<char>(static_cast<int64_t>(cuda::HalveScratch(static_cast<int32_t>(plan.MaxList()))));
+    if (described == nullptr) continue;
+    rings[h].words = ring;
+    rings[h].capacity = words;
+    described[h].halve_scratch = scratch;
+  }
+}
+
+void CudaCache::LayoutArrays(const Shape& r, const Plans& plans, Arena& device, cuda::Head* described) {
+  const Config& c = r.config;
+  const int64_t heads = int64_t{c.layers} * c.kv_heads, element = SizeOf(c.dtype);
   const auto rows = [&](int64_t count, int64_t dim) {
     constexpr int64_t kAlignment = 256;
     char* at = device.Take<char>((count * dim * element + kAlignment - 1 + 64) / kAlignment * kAlignment + kAlignment);
@@ -152,58 +239,38 @@ CudaParts CudaCache::Layout(const Resolved& r, int32_t* progress, Arena& host, A
   int32_t last_plan = -1;
   float* log_weight = nullptr;
   for (int64_t i = 0; i < heads; ++i) {  // by plan, so that the first head of a plan is its leader
-    const int64_t h = counting ? i : parts.plans.plan_heads[i];
-    const plan::Setting& setting = r.settings[static_cast<size_t>(h)];
-    const int32_t plan = counting ? -1 : parts.plans.head_plan[h];
+    const int64_t h = described == nullptr ? i : plans.plan_heads[i];
+    const plan::Setting& setting = r.settings[h];
+    const int32_t plan = described == nullptr ? -1 : plans.head_plan[h];
     const bool leader = plan != last_plan;
-    cuda::Head head{};
+    cuda::Head head = described == nullptr ? cuda::Head() : described[h];
     head.key = rows(setting.budget, c.key_dim);
     head.value = rows(setting.budget, c.value_dim);
     head.position = device.Take<int64_t>(setting.budget);
     // Every head takes room for weights, so that the size does not depend on how heads share plans.
     float* own = device.Take<float>(setting.budget);
-    if (leader || counting) log_weight = own;
+    if (leader) log_weight = own;
     head.log_weight = log_weight;
-    head.protected_count = device.Take<int32_t>(2);
+    head.mean = head.sum = head.score = nullptr;
+    head.protected_slot = nullptr;
     if (setting.protect > 0) {
       head.mean = device.Take<float>(c.key_dim);
       head.sum = device.Take<float>(c.key_dim);
       head.score = device.Take<float>(setting.protect);
       head.protected_slot = device.Take<int32_t>(setting.protect);
     }
-    head.halve_scratch = device.Take<char>(scratch);
-    if (counting) continue;
-    head.partial = partials + h % c.kv_heads * partial;
-    head.ticket = tickets + h % c.kv_heads;
+    if (described == nullptr) continue;
     head.capacity = static_cast<int32_t>(setting.budget);
     head.protect = static_cast<int32_t>(setting.protect);
     head.leader = leader ? 1 : 0;
-    head.plan = plan;
-    head.stream = MakeStreamKey(c.seed, static_cast<uint32_t>(c.first_layer + h / c.kv_heads),
-                                static_cast<uint32_t>(c.first_kv_head + h % c.kv_heads));
-    parts.head_copies[h] = head;
+    described[h] = head;
     last_plan = plan;
   }
-  (void)group;
-  const auto ring_words = static_cast<int32_t>(2 * parts.record_words + 64 * 32 + 8);
-  for (int32_t i = 0; i < plan_count; ++i) {
-    int32_t* words = device.Take<int32_t>(ring_words);
-    if (counting) continue;
-    parts.ring_copies[i] = {.words = words,
-                            .capacity = ring_words,
-                            .heads = parts.plans.plans[i].head_count,
-                            .cursor = 0,
-                            .sequence = 0,
-                            .arrived = 0,
-                            .progress = progress != nullptr ? progress + 2 * i : nullptr};
-    new (&parts.ring_states[i]) RingState();
-  }
-  return parts;
 }
 
 Status CudaCache::Bytes(const Resolved& resolved, int64_t* bytes) {
   Arena host, device;
-  Layout(resolved, nullptr, host, device);
+  Layout(resolved.shape(), {}, host, device);
   if (host.overflow() || device.overflow())
     return Error(StatusCode::kSizeOverflow, "config: the cache would take more bytes than can be addressed");
   *bytes = static_cast<int64_t>(device.used());
@@ -212,12 +279,13 @@ Status CudaCache::Bytes(const Resolved& resolved, int64_t* bytes) {
 
 CudaCache::CudaCache(const Resolved& resolved, const CudaParts& parts, int64_t bytes, void* device_memory,
                      int32_t* progress, DeviceTraits traits)
-    : Cache(resolved, parts.plans, Budgets{}, bytes, CudaTensorCheck(resolved.config.device_id)),
+    : Cache(resolved, parts.plans, parts.budgets, bytes, CudaTensorCheck(resolved.config.device_id)),
       parts_(parts),
       device_memory_(device_memory),
       progress_(progress),
       traits_(traits),
-      stream_(static_cast<cudaStream_t>(resolved.config.stream)) {}
+      stream_(static_cast<cudaStream_t>(resolved.config.stream)),
+      largest_(resolved.largest) {}
 
 Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache) {
   const DeviceScope scope(resolved.config.device_id);
@@ -227,13 +295,13 @@ Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache)
   EXPRESS_RETURN_IF_ERROR(CudaError("config", cuda::PrepareAttend(resolved.config.dtype, resolved.config.key_dim,
                                                                   resolved.config.value_dim, traits.attend[0])));
   Arena host_count, device_count;
-  const CudaParts counted = Layout(resolved, nullptr, host_count, device_count);
+  const CudaParts counted = Layout(resolved.shape(), {}, host_count, device_count);
   struct Memory {  // freed unless taken
-    void *host = nullptr, *device = nullptr, *progress = nullptr;
+    void *host = nullptr, *device = nullptr, *pinned = nullptr;
     ~Memory() {
       std::free(host);
       if (device != nullptr) cudaFree(device);
-      if (progress != nullptr) cudaFreeHost(progress);
+      if (pinned != nullptr) cudaFreeHost(pinned);
     }
   } memory;
   const auto out_of_memory = [&](const char* where, size_t size) {
@@ -245,23 +313,27 @@ Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache)
   if (memory.host == nullptr) return out_of_memory("host", object + host_count.used());
   if (cudaMalloc(&memory.device, static_cast<size_t>(bytes)) != cudaSuccess)
     return out_of_memory("device", static_cast<size_t>(bytes));
-  const size_t progress_bytes = static_cast<size_t>(counted.plans.plan_count) * 2 * sizeof(int32_t);
-  if (cudaHostAlloc(&memory.progress, progress_bytes, cudaHostAllocDefault) != cudaSuccess)
-    return out_of_memory("host", progress_bytes);
-  auto* progress = static_cast<int32_t*>(memory.progress);
-  std::fill_n(progress, 2 * counted.plans.plan_count, 0);
+  Arena pinned_count;
+  LayoutPinned(resolved, counted.plans.plan_count, pinned_count);
+  if (cudaHostAlloc(&memory.pinned, pinned_count.used(), cudaHostAllocDefault) != cudaSuccess)
+    return out_of_memory("host", pinned_count.used());
+  std::memset(memory.pinned, 0, pinned_count.used());
 
-  Arena host(static_cast<char*>(memory.host) + object), device(memory.device);
-  const CudaParts parts = Layout(resolved, progress, host, device);
-  auto* created = new (memory.host) CudaCache(resolved, parts, bytes, memory.device, progress, traits);
+  Arena host(static_cast<char*>(memory.host) + object), device(memory.device), pinned(memory.pinned);
+  const PinnedMemory pinned_memory = LayoutPinned(resolved, counted.plans.plan_count, pinned);
+  const CudaParts parts = Layout(resolved.shape(), pinned_memory, host, device);
+  auto* created = new (memory.host) CudaCache(resolved, parts, bytes, memory.device, pinned_memory.progress, traits);
   Status status = CudaError("config", created->side_.Create());
+  if (status.ok() && resolved.observed())
+    status = CudaError("config", cudaEventCreateWithFlags(&created->observed_, cudaEventDisableTiming));
   if (status.ok()) status = created->ResetData();
   if (!status.ok()) {
     created->side_.Destroy();
+    if (created->observed_ != nullptr) cudaEventDestroy(created->observed_);
     created->~CudaCache();
     return status;
   }
-  memory.host = memory.device = memory.progress = nullptr;
+  memory.host = memory.device = memory.pinned = nullptr;
   *cache = created;
   return Status();
 }
@@ -273,6 +345,7 @@ void CudaCache::Delete() {
   if (device_memory_ != nullptr) {
     cudaStreamSynchronize(stream_);
     side_.Destroy();
+    if (observed_ != nullptr) cudaEventDestroy(observed_);
     cudaFree(device_memory_);
     cudaFreeHost(progress_);
   }
@@ -310,14 +383,14 @@ Status CudaCache::ResetData() {
 
 Status CudaCache::Place(const Resolved& resolved, int64_t bytes, void* device_memory, CudaCache** cache) {
   Arena count, device_count;
-  Layout(resolved, nullptr, count, device_count);
+  Layout(resolved.shape(), {}, count, device_count);
   const size_t object = (sizeof(CudaCache) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
   void* memory = std::aligned_alloc(Arena::kAlignment, object + count.used());
   if (memory == nullptr) return Error(StatusCode::kOutOfMemory, "config: no memory for plans on the host");
   // Device pointers are formed, not followed: without memory yet, any aligned base serves to count.
   void* base = device_memory != nullptr ? device_memory : reinterpret_cast<void*>(uintptr_t{4096});
   Arena host(static_cast<char*>(memory) + object), device(base);
-  const CudaParts parts = Layout(resolved, nullptr, host, device);
+  const CudaParts parts = Layout(resolved.shape(), {}, host, device);
   std::fill_n(parts.ahead, resolved.config.layers, 0);
   *cache = new (memory) CudaCache(resolved, parts, bytes, nullptr, nullptr, DeviceTraits());
   return Status();

@@ -61,6 +61,7 @@ struct RingState {
 
 // Where the parts of a cache lie: on the device, and their descriptions on the host.
 struct CudaParts {
+  Budgets budgets;          // host; what was observed is in pinned memory
   Plans plans;              // host
   cuda::Head* head_copies;  // host (layers, kv_heads)
   cuda::Ring* ring_copies;  // host (plan_count)
@@ -74,6 +75,21 @@ struct CudaParts {
   cuda::Head* heads;       // device (layers, kv_heads)
   cuda::Ring* rings;       // device (plan_count)
   int32_t* slot_scratch;   // device (2, most budget): lists of slots and weights of an export
+  char* buffer;            // device (buffer_bytes): partial results of attention, of no use between kernels
+  size_t buffer_bytes;
+  char* state;  // device (state_bytes): all that heads hold
+  size_t state_bytes;
+  cuda::Seen* seen;  // device (layers, kv_heads), in front of the state; null where budgets are fixed
+  char* arrays;      // device (array_bytes): the arrays of heads, at the end of the state
+  size_t array_bytes;
+  char* work;  // device (work_bytes): where budgets are observed, rings and scratch of heads; nothing that lasts
+  size_t work_bytes;
+};
+
+// The host's memory that the device writes to, without being asked.
+struct PinnedMemory {
+  int32_t* progress;   // (plan_count, 2)
+  Observed* observed;  // (layers, kv_heads), or null
 };
 
 struct PromptHost;  // cuda_prompt.h
@@ -92,7 +108,13 @@ class CudaCache final : public Cache {
   CudaCache(const Resolved& resolved, const CudaParts& parts, int64_t bytes, void* device_memory, int32_t* progress,
             DeviceTraits traits);
   ~CudaCache() override;
-  static CudaParts Layout(const Resolved& resolved, int32_t* progress, Arena& host, Arena& device);
+  static CudaParts Layout(const Shape& shape, const PinnedMemory& pinned, Arena& host, Arena& device);
+  // What does not depend on the budgets of heads, and the arrays of heads, one head behind the other.
+  static void LayoutFixed(const Shape& shape, const PinnedMemory& pinned, Arena& device, CudaParts* parts);
+  static void LayoutArrays(const Shape& shape, const Plans& plans, Arena& device, cuda::Head* heads);
+  static void LayoutWork(const Shape& shape, Arena& device, cuda::Head* heads, cuda::Ring* rings);
+  static constexpr int32_t kRingExtra = 64 * 32 + 8;  // words beside two records of the largest kind
+  int64_t RecordWords(int32_t plan) const { return (parts_.ring_copies[plan].capacity - kRingExtra) / 2; }
   // A cache in device memory of the caller's, for one prompt: no ring progress, and Delete leaves the memory alone.
   static Status Place(const Resolved& resolved, int64_t bytes, void* device_memory, CudaCache** cache);
   static int64_t AlignedBytes(int64_t bytes) { return (bytes + 255) / 256 * 256; }
@@ -114,6 +136,26 @@ class CudaCache final : public Cache {
   Status FinishLoad() override;
   Status CopyHeads(const Cache& from) override;
   Status ResetData() override;
+  // cuda_observed.cc
+  Status CloseObservation() override;
+  Status AwaitObservation() override;
+  Status FetchObserved() const override;
+  Status StoreObserved() override;
+  bool ObservationKnown() const override;
+  Status BeginCopy() override;
+  bool CanResize() const override;
+  bool ResizeFits() const override;
+  Status GiveUpAndCompact() override;
+  Status FinishResize() override;
+  Shape ShapeOf(const plan::Setting* settings) const;
+  int64_t GiveUpSome(int32_t head);
+  void ExecuteForAll(cuda::Uploader& uploader);
+  void MoveArrays(const Arena::Piece* from, const Arena::Piece* to, int64_t count);
+  void ObserveQueries(const Cache* const* caches, int32_t layer, const cuda::AttendArgs& attend) const;
+  void ObservePrompt(int32_t layer, const Queries& queries, const Input& input) const;
+  int64_t MostBudget() const;
+  const plan::Setting* largest() const { return budgets_.observed != nullptr ? &largest_ : nullptr; }
+
   Status DoStepPrepare(int64_t n) override;
   Status DoStepCancel() override;
   Status CheckSettled() const override;
@@ -125,9 +167,10 @@ class CudaCache final : public Cache {
   bool Capturing() const;
   int64_t Pending(int32_t plan) const;  // records written and, as far as the host knows, not taken up
   bool AllLayersEven() const;
-  bool HasRoom(int32_t plan) const;                          // for any one record more
-  void WriteRecord(int32_t plan, cuda::Uploader& uploader);  // plans_.operations, as the next record
-  bool PlanToken(int32_t plan, cuda::Uploader& uploader);    // true if the record has a halving
+  bool HasRoom(int32_t plan) const;  // for any one record more
+  // plans_.operations, as the next record.
+  void WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t more_flags = 0);
+  bool PlanToken(int32_t plan, cuda::Uploader& uploader);  // true if the record has a halving
   // Whether halvings may run ahead of their token, for all layers in one launch: under the schedule of rounds a list can
   // contain the token that fills it.
   bool Hoistable() const { return config_.schedule == Schedule::kBudget; }
@@ -159,6 +202,8 @@ class CudaCache final : public Cache {
   DeviceTraits traits_;
   cudaStream_t stream_;
   SideStream side_;
+  plan::Setting largest_;                    // where budgets are observed: of any head, ever
+  cudaEvent_t observed_ = nullptr;           // what was observed is there, on the host
   std::unique_ptr<PromptHost> prompt_host_;  // once there was a prompt
   bool prepared_ = false;                    // plans_saved holds the plans of before the prepared steps
 };

@@ -39,6 +39,7 @@ Status CudaCache::DoPrefill(int32_t layer, const Queries& queries, const Input& 
   PromptRun run(*this, layer, input, &queries, workspace.data);
   run.Reserve();
   broken_ = true;  // until all is enqueued
+  ObservePrompt(layer, queries, input);
   EXPRESS_RETURN_IF_ERROR(run.Run());
   broken_ = false;
   CountEntries(layer, 1);

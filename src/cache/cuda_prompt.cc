@@ -26,12 +26,6 @@ size_t StateBytes(plan::Plan& plan) {
   return archive.used();
 }
 
-int64_t MostBudget(const Plans& plans) {
-  int64_t most = 0;
-  for (int32_t i = 0; i < plans.plan_count; ++i) most = std::max(most, plans.plans[i].plan.setting().budget);
-  return most;
-}
-
 }  // namespace
 
 // The memory grows with the prompt. Short prompts are taken in a few spans too, so that there is something to overlap.
@@ -63,8 +57,10 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
   for (int32_t layer = 0; layer < c.layers; ++layer)
     most_plans = std::max<int64_t>(most_plans, cache.end_plan(layer) - cache.first_plan(layer));
   int64_t budget = 0, protect = 0, sinks = 0, tail = 0;
-  for (int32_t i = 0; i < cache.plans_.plan_count; ++i) {
-    const plan::Setting& setting = cache.plans_.plans[i].plan.setting();
+  for (int32_t i = 0; i <= cache.plans_.plan_count; ++i) {
+    const bool of_plan = i < cache.plans_.plan_count;
+    if (!of_plan && cache.largest() == nullptr) break;
+    const plan::Setting& setting = of_plan ? cache.plans_.plans[i].plan.setting() : *cache.largest();
     budget = std::max(budget, setting.budget);
     protect = std::max(protect, setting.protect);
     sinks = std::max(sinks, setting.sinks);
@@ -135,8 +131,7 @@ int64_t PromptRun::Bytes(const CudaCache& cache, int64_t tokens, bool attention)
   Arena arena;
   Memory memory;
   const int64_t block = attention ? cache.config_.prefill_block : 0;
-  Layout(cache, ShapeOf(cache.config_, MostBudget(cache.plans_), tokens, block), attention, arena, &memory, nullptr,
-         nullptr);
+  Layout(cache, ShapeOf(cache.config_, cache.MostBudget(), tokens, block), attention, arena, &memory, nullptr, nullptr);
   return arena.overflow() ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(arena.used());
 }
 
@@ -151,7 +146,7 @@ PromptRun::PromptRun(CudaCache& cache, int32_t layer, const Input& input, const 
       v_(cache.RowsOf(input, input.v, layer)),
       first_position_(cache.LayerTokens(layer)),
       block_(queries != nullptr ? cache.config_.prefill_block : 0),
-      shape_(ShapeOf(cache.config_, MostBudget(cache.plans_), input.tokens, block_)),
+      shape_(ShapeOf(cache.config_, cache.MostBudget(), input.tokens, block_)),
       side_(cache.stream_),
       graph_(cache.stream_),
       uploader_(cache.stream_) {}
@@ -178,7 +173,7 @@ void PromptRun::Reserve() {
   host_ = cache_.prompt_host_.get();
   StartRecording();
   blocks_.reserve(static_cast<size_t>(shape_.blocks));
-  const int64_t most = MostBudget(cache_.plans_);
+  const int64_t most = cache_.MostBudget();
   ints_.reserve(static_cast<size_t>(std::max(most, shape_.blocks)));
   more_ints_.reserve(static_cast<size_t>(most));
   ranks_.reserve(static_cast<size_t>(most));

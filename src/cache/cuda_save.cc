@@ -106,20 +106,13 @@ Status CudaCache::FinishLoad() {
   return Status();
 }
 
-// Heads lie one behind the other, in front of the rings; two caches of one configuration have them at the same places.
+// Two caches of one configuration, and of the same budgets of heads, have them at the same places.
 Status CudaCache::CopyHeads(const Cache& other) {
   const auto& from = static_cast<const CudaCache&>(other);
   if (Capturing() || from.Capturing())
     return Error(StatusCode::kUnsupported, "cache: express_copy cannot be captured in a graph");
   EXPRESS_RETURN_IF_ERROR(Settle());
-  const auto range = [](const CudaParts& parts, int32_t heads) {
-    const char* begin = static_cast<const char*>(parts.head_copies[0].key);
-    for (int32_t h = 1; h < heads; ++h) begin = std::min(begin, static_cast<const char*>(parts.head_copies[h].key));
-    return std::pair(const_cast<char*>(begin), reinterpret_cast<const char*>(parts.ring_copies[0].words) - begin);
-  };
-  const auto [to, bytes] = range(parts_, HeadCount());
-  const auto [source, source_bytes] = range(from.parts_, HeadCount());
-  if (bytes != source_bytes) return Error(StatusCode::kInternal, "from: laid out otherwise");
+  if (parts_.state_bytes != from.parts_.state_bytes) return Error(StatusCode::kInternal, "from: laid out otherwise");
   const DeviceScope scope(config_.device_id);
   const auto follow = [&](cudaStream_t earlier, cudaEvent_t event, cudaStream_t later) {
     if (earlier == later) return Status();
@@ -127,8 +120,8 @@ Status CudaCache::CopyHeads(const Cache& other) {
     return CudaError("stream", cudaStreamWaitEvent(later, event, 0));
   };
   EXPRESS_RETURN_IF_ERROR(follow(from.stream_, side_.begun, stream_));
-  EXPRESS_RETURN_IF_ERROR(
-      CudaError("cache", cudaMemcpyAsync(to, source, static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_)));
+  EXPRESS_RETURN_IF_ERROR(CudaError("cache", cudaMemcpyAsync(parts_.state, from.parts_.state, parts_.state_bytes,
+                                                             cudaMemcpyDeviceToDevice, stream_)));
   return follow(stream_, side_.selected[0], from.stream_);
 }
 

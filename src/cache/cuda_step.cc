@@ -52,8 +52,12 @@ int32_t* Encode(const plan::Op& op, const plan::Slot* slots, int32_t* to) {
       put_slots(op.count);
       break;
     case plan::OpKind::kEvict:
+      begin(cuda::kRingEvict, 0);
+      break;
     case plan::OpKind::kMove:
-      break;  // of budgets that change, which caches on CUDA do not have
+      begin(cuda::kRingMove, op.count);
+      put_slots(op.count);
+      break;
   }
   return to;
 }
@@ -121,7 +125,7 @@ Status CudaCache::Settle() {
 // Whether any record fits: behind the last one, or at the front with a jump left behind. Records that wait must stay.
 bool CudaCache::HasRoom(int32_t plan) const {
   const RingState& ring = parts_.ring_states[plan];
-  const int64_t pending = Pending(plan), most = parts_.record_words + 2;
+  const int64_t pending = Pending(plan), most = RecordWords(plan) + 2;
   const int64_t capacity = parts_.ring_copies[plan].capacity;
   if (pending == 0) return true;
   if (pending >= RingState::kMostSteps - 1) return false;
@@ -130,7 +134,7 @@ bool CudaCache::HasRoom(int32_t plan) const {
   return ring.write + most <= capacity || most < oldest;
 }
 
-void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader) {
+void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t more_flags) {
   RingState& ring = parts_.ring_states[plan];
   const cuda::Ring& device = parts_.ring_copies[plan];
   int32_t* at = parts_.record + cuda::kRecordHeader;
@@ -140,7 +144,7 @@ void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader) {
   const int32_t tag = cuda::RecordTag(static_cast<int32_t>(++ring.written));
   parts_.record[0] = tag;
   parts_.record[1] = words - cuda::kRecordHeader;
-  parts_.record[2] = Hoistable() ? cuda::kHoisted : 0;
+  parts_.record[2] = (Hoistable() ? cuda::kHoisted : 0) | more_flags;
   // Two words stay for a jump.
   if (ring.write + words > device.capacity - 2) {
     const int32_t jump[2] = {tag, cuda::kJump};
@@ -392,7 +396,7 @@ Status CudaCache::AttendCaches(const Cache* const* caches, int64_t count, int32_
                                int64_t tokens) const {
   if (count == 0 || tokens == 0) return Status();
   const DeviceScope scope(config_.device_id);
-  const bool batch = count > 1 || queries.q.shape[0] != tokens;
+  const bool batch = count > 1 || queries.q.shape[0] != tokens, captured = Capturing();
   cuda::AttendArgs args{};
   args.kv_heads = config_.kv_heads;
   args.group = config_.query_heads / config_.kv_heads;
@@ -417,8 +421,14 @@ Status CudaCache::AttendCaches(const Cache* const* caches, int64_t count, int32_
   for (int64_t first = 0; first < count; first += cuda::kMaxBatch) {
     args.caches = static_cast<int32_t>(std::min<int64_t>(cuda::kMaxBatch, count - first));
     args.max_capacity = 0;
+    args.sizes_change = false;
     for (int32_t i = 0; i < args.caches; ++i) {
-      const CudaParts& parts = static_cast<const CudaCache*>(caches[first + i])->parts_;
+      const auto& cache = *static_cast<const CudaCache*>(caches[first + i]);
+      const CudaParts& parts = cache.parts_;
+      if (captured && cache.largest() != nullptr) {
+        args.sizes_change = true;
+        args.max_capacity = std::max(args.max_capacity, static_cast<int32_t>(cache.largest_.budget));
+      }
       args.heads[i] = parts.heads + layer * config_.kv_heads;
       described[i] = parts.head_copies + layer * config_.kv_heads;
       for (int32_t g = 0; g < config_.kv_heads; ++g)
@@ -426,6 +436,7 @@ Status CudaCache::AttendCaches(const Cache* const* caches, int64_t count, int32_
     }
     const int32_t blocks = cuda::AttendBlocks(args, traits_.multiprocessors);
     cuda::Attend(args, described, traits_.attend[blocks - 1], stream_);
+    ObserveQueries(caches + first, layer, args);
     advance(args.q, args.caches);
     advance(args.out, args.caches);
     if (args.lse != nullptr) args.lse += args.caches * args.lse_row_stride;

@@ -65,6 +65,7 @@ void Cache::TransferPlans(Archive& archive) {
   if (budgets_.observed != nullptr) {
     archive.Array(budgets_.observed, HeadCount(), HeadCount());
     archive.Field(next_settling_);
+    archive.Field(observation_closed_);
   }
   for (int32_t i = 0; i < plans_.plan_count; ++i) plans_.plans[i].plan.Transfer(archive);
   archive.Array(plans_.layer_peak, config_.layers, config_.layers);
@@ -120,6 +121,7 @@ Status Cache::Save(void* data, size_t bytes) const {
   if (budgets_.observed != nullptr) {
     for (int32_t h = 0; h < HeadCount(); ++h) budgets_.budget[h] = HeadSettingOf(h).budget;
     archive.Array(budgets_.budget, HeadCount(), HeadCount());
+    EXPRESS_RETURN_IF_ERROR(FetchObserved());
   }
   const_cast<Cache*>(this)->TransferPlans(archive);  // writing changes nothing
   for (int32_t h = 0; h < HeadCount(); ++h) {
@@ -167,6 +169,7 @@ Status Cache::Load(const void* data, size_t bytes) {
     EXPRESS_RETURN_IF_ERROR(ResizeHeads());
   }
   TransferPlans(archive);
+  if (budgets_.observed != nullptr) EXPRESS_RETURN_IF_ERROR(StoreObserved());
   for (int32_t h = 0; h < HeadCount(); ++h) {
     HeadArrays arrays{};
     EXPRESS_RETURN_IF_ERROR(OpenHead(h, false, staging.data(), &arrays));
@@ -191,9 +194,10 @@ Status Cache::Copy(const Cache& from) {
   if (Fingerprint() != from.Fingerprint())
     return Error(StatusCode::kInvalidArgument,
                  "from: expected a cache of the same configuration: model, dtype, budgets, method and seed");
+  const bool observation_known = budgets_.observed == nullptr || from.ObservationKnown();
   if (budgets_.observed != nullptr) {
+    EXPRESS_RETURN_IF_ERROR(BeginCopy());
     ResetCounts();
-    EXPRESS_RETURN_IF_ERROR(ResetData());
     for (int32_t h = 0; h < HeadCount(); ++h) budgets_.settings[h] = from.HeadSettingOf(h);
     EXPRESS_RETURN_IF_ERROR(ResizeHeads());
   }
@@ -204,6 +208,7 @@ Status Cache::Copy(const Cache& from) {
   Archive writer = Archive::Writer(plans.data()), reader = Archive::Reader(plans.data());
   const_cast<Cache&>(from).TransferPlans(writer);  // writing changes nothing
   TransferPlans(reader);
+  if (!observation_known) observation_closed_ = 0;  // once more, from what has been copied
   const int64_t peak = entries_peak_;
   CountEntries(0, config_.layers);
   entries_peak_ = peak;

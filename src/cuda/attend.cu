@@ -25,6 +25,59 @@ constexpr int64_t StageBytes() {
   return Tile<T, kKeyDim, kValueDim>::kBytes + kTile * static_cast<int64_t>(sizeof(float));
 }
 
+// Share `index` of launch.cut equal ones, and where the next one begins, by what the heads' descriptions say now. Called by whole
+// warps; with up to 32 heads they are read once.
+__device__ __forceinline__ void CutShare(const AttendLaunch& launch, int32_t index, Share& share, Share& next) {
+  const AttendArgs& a = launch.args;
+  const int32_t heads = a.caches * a.kv_heads, lane = static_cast<int32_t>(threadIdx.x % kWarp);
+  const auto read = [&](int32_t i) {
+    return i < heads ? static_cast<int32_t>(CeilDiv(a.heads[i / a.kv_heads][i % a.kv_heads].capacity, kShareKeys)) : 0;
+  };
+  const int32_t first_units = read(lane);
+  const auto units_of = [&](int32_t i) { return i < kWarp ? first_units : read(i); };
+  int32_t total = 0, most = 0;
+  for (int32_t i = lane; i - lane < heads; i += kWarp) {
+    const int32_t units = units_of(i);
+    total += units;
+    most = max(most, units);
+  }
+  total = WarpReduce(total, [](int32_t x, int32_t y) { return x + y; });
+  most = WarpReduce(most, [](int32_t x, int32_t y) { return max(x, y); });
+  const auto each =
+      static_cast<int32_t>(max(int64_t{1}, max(CeilDiv(total, launch.cut), CeilDiv(most, kMostSplits - 4))));
+  share = next = Share{nullptr, nullptr, nullptr, 0, heads, 0, 0, 1};
+  for (int32_t i = lane, before = 0; i - lane < heads; i += kWarp) {
+    const int32_t units = units_of(i);
+    int32_t end = units;  // of the heads up to this one
+    for (int offset = 1; offset < kWarp; offset *= 2) {
+      const int32_t x = __shfl_up_sync(0xFFFFFFFFu, end, offset);
+      if (lane >= offset) end += x;
+    }
+    end += before;
+    before = __shfl_sync(0xFFFFFFFFu, end, kWarp - 1);
+#pragma unroll
+    for (int32_t which = 0; which < 2; ++which) {
+      const int32_t unit = (index + which) * each;
+      const uint32_t found = __ballot_sync(0xFFFFFFFFu, unit >= end - units && unit < end);
+      if (found == 0) continue;
+      const int from = __ffs(static_cast<int>(found)) - 1;
+      const int32_t last = __shfl_sync(0xFFFFFFFFu, end, from) - 1,
+                    first = last + 1 - __shfl_sync(0xFFFFFFFFu, units, from);
+      Share& to = which == 0 ? share : next;
+      to.head = i - lane + from;
+      to.tile = (unit - first) * kShareTiles;
+      to.split = static_cast<int16_t>(index + which - first / each);
+      to.splits = static_cast<int16_t>(last / each - first / each + 1);
+    }
+  }
+  if (share.head == heads) return;
+  const Head& head = a.heads[share.head / a.kv_heads][share.head % a.kv_heads];
+  share.key = head.key;
+  share.value = head.value;
+  share.log_weight = head.log_weight;
+  share.capacity = head.capacity;
+}
+
 // grid: shares clusters of any size.
 template <class T, int kKeyDim, int kValueDim, int kTiles>
 __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __grid_constant__ AttendLaunch launch) {
@@ -40,7 +93,9 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
   tiles += warp * stages * Layout::kBytes;
   const int32_t index = static_cast<int32_t>(blockIdx.x) / blocks, first_tile = warp * blocks + rank,
                 step = warps * blocks;
-  Walk<T, kKeyDim, kValueDim> walk(launch, index, first_tile, step);
+  Share share = launch.shares[index], next = launch.shares[index + 1];
+  if (launch.cut > 0) CutShare(launch, index, share, next);
+  Walk<T, kKeyDim, kValueDim> walk(launch, share, next, first_tile, step);
   DependentsMayStart();
   if (blocks > 1) ClusterArrive();
   if (launch.prefetch) walk.Prefetch(stages);
@@ -63,8 +118,11 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
   for (int s = 0; s < stages; ++s) fetch(s, true);
   float coming = walk.Weight(lane);
   WarpState<T, kKeyDim, kValueDim, kTiles> state;
-  const Share &share = launch.shares[index], &next = launch.shares[index + 1];
   int32_t capacity = share.capacity;
+  if (!walk.Has(share.head)) {  // more shares than there is to share
+    if (blocks > 1) ClusterWait();
+    return;
+  }
   state.LoadQueries(launch, share.head);
   int stage = 0;
   uint32_t turn = 0;
@@ -89,10 +147,6 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
 }
 
 // ---- who takes which keys ----
-
-constexpr int32_t kShareTiles = 4;  // shares begin at multiples of so many tiles
-constexpr int32_t kShareKeys = kShareTiles * kTile;
-constexpr int64_t kMostSplits = 64;
 
 // What decides between ways to share the work, in microseconds and bytes, measured. A multiprocessor alone reads little more
 // than its part of the memory's bandwidth: all must have something to do.
@@ -136,7 +190,7 @@ Choice Choose(const AttendArgs& args, const Work& work, const AttendMachine& mac
       cost += overhead + std::max(memory, bytes / rate);
       if (best_cost == 0 || cost < best_cost) best = {i, whole}, best_cost = cost;
     };
-    if (work.heads <= clusters) consider(true, work.heads, work.most_units * unit_bytes, 0);
+    if (work.heads <= clusters && !args.sizes_change) consider(true, work.heads, work.most_units * unit_bytes, 0);
     consider(false, clusters, total / clusters, kSplitTime);
   }
   return best;
@@ -356,7 +410,9 @@ void Attend(const AttendArgs& args, const Head* const* described, const AttendMa
   if (!plain) {
     const Work work = Measure(args, described);
     choice = Choose(args, work, machine);
-    shares = CutShares(args, described, work, choice.whole, machine.clusters[choice.cluster], launch.shares);
+    const int32_t most = machine.clusters[choice.cluster];
+    shares = args.sizes_change ? most : CutShares(args, described, work, choice.whole, most, launch.shares);
+    launch.cut = args.sizes_change ? most : 0;
   }
   for (launch.first_row = 0; launch.first_row < rows; launch.first_row += at_once) {
     launch.rows = std::min(at_once, rows - launch.first_row);

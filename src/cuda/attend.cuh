@@ -33,11 +33,16 @@ struct Share {
   int16_t split, splits;  // this share's part of the head is number `split` of so many
 };
 
+inline constexpr int32_t kShareTiles = 4;  // shares begin at multiples of so many tiles
+inline constexpr int32_t kShareKeys = kShareTiles * kTile;
+inline constexpr int64_t kMostSplits = 64;
+
 struct AttendLaunch {
   AttendArgs args;
   int32_t first_row, rows;  // of tokens * group
   int32_t stages;           // of a warp's ring
   int32_t split;            // keys of one block (of the plain kernel)
+  int32_t cut;              // > 0: so many shares, which the device cuts itself
   bool prefetch;            // tiles into the L2 before the kernel before is done
   Share shares[kMostShares + 1];
 };

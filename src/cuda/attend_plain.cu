@@ -10,7 +10,6 @@ namespace {
 constexpr int kWarps = 4;
 constexpr int kThreads = kWarps * kWarp;
 constexpr int kSplitUnit = kTile * kWarps;
-constexpr int64_t kMostSplits = 64;
 constexpr int kResident = 2;  // blocks of a multiprocessor
 
 __device__ void StoreOne(const AttendLaunch& launch, int32_t row, int32_t cache, int32_t kv_head, int32_t dim,

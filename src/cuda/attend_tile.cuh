@@ -83,14 +83,15 @@ struct Walk {
     int32_t capacity;
   };
   const AttendLaunch& launch;
-  const Share &share, &next;
+  const Share share, next;
   int32_t rank, ranks;  // this warp, of all warps of the cluster
   View now, ahead;      // the head it is in, and the one after it, whose description is on its way
   int32_t head, tile, end;
   bool valid = true;
 
-  __device__ __forceinline__ Walk(const AttendLaunch& l, int32_t index, int32_t rank_, int32_t ranks_)
-      : launch(l), share(l.shares[index]), next(l.shares[index + 1]), rank(rank_), ranks(ranks_) {
+  __device__ __forceinline__ Walk(const AttendLaunch& l, const Share& first, const Share& behind, int32_t rank_,
+                                  int32_t ranks_)
+      : launch(l), share(first), next(behind), rank(rank_), ranks(ranks_) {
     now = {static_cast<const T*>(share.key), static_cast<const T*>(share.value), share.log_weight, share.capacity};
     head = share.head;
     tile = share.tile + rank;

@@ -74,6 +74,7 @@ struct Worker {
     if (thread == 0) {
       head.position[slot] = position;
       if (head.leader) head.log_weight[slot] = 0;
+      if (head.seen != nullptr) head.seen->newest = position;
     }
     __syncthreads();
   }
@@ -95,15 +96,15 @@ struct Worker {
     return score;
   }
 
-  // Index of the lowest score; among equals the youngest.
-  __device__ int32_t FindWeakest() const {
+  // Index of the lowest of `count` scores; among equals the youngest.
+  __device__ int32_t FindWeakest(int32_t count) const {
     float lowest = std::numeric_limits<float>::infinity();
     int32_t best = -1;
     int64_t age = -1;
     const auto better = [](float s, int64_t p, float than, int64_t than_p) {
       return s < than || (s == than && p > than_p);
     };
-    for (int32_t i = thread; i < head.protect; i += kThreads) {
+    for (int32_t i = thread; i < count; i += kThreads) {
       const float s = head.score[i];
       const int64_t p = head.position[head.protected_slot[i]];
       if (best < 0 || better(s, p, lowest, age)) lowest = s, age = p, best = i;
@@ -155,8 +156,35 @@ struct Worker {
       if (thread == 0) head.score[weakest] = score;
       __syncthreads();
     }
-    const int32_t found_weakest = FindWeakest();
-    if (thread == 0) head.protected_count[1] = found_weakest;
+    Refresh(head.protect);
+  }
+
+  __device__ void Refresh(int32_t count) const {
+    const int32_t weakest = FindWeakest(count);
+    if (thread == 0) head.protected_count[1] = count > 0 ? weakest : 0;
+    __syncthreads();
+  }
+
+  // The weakest changes places with the one protected last, and leaves.
+  __device__ void Evict() const {
+    const int32_t last = head.protected_count[0] - 1, weakest = FindWeakest(last + 1);
+    if (weakest != last) {
+      MoveEntry<true>(head.protected_slot[weakest], head.protected_slot[last], thread, kThreads);
+      __syncthreads();
+      if (thread == 0) head.score[weakest] = head.score[last];
+    }
+    if (thread == 0) head.protected_count[0] = last;
+    __syncthreads();
+    Refresh(last);
+  }
+  __device__ void Move(const int32_t* slots, int32_t count) const {
+    for (int32_t i = thread / kWarp; i < count / 2; i += kWarps)
+      MoveEntry<false>(slots[2 * i], slots[2 * i + 1], thread % kWarp, kWarp);
+    if (head.leader)
+      for (int32_t i = thread; i < count / 2; i += kThreads) {
+        head.log_weight[slots[2 * i + 1]] = head.log_weight[slots[2 * i]];
+        head.log_weight[slots[2 * i]] = kMinusInfinity;
+      }
     __syncthreads();
   }
 
@@ -229,6 +257,14 @@ struct Worker {
           if (now) Free(at + 1, count);
           at += 1 + count;
           break;
+        case kRingEvict:  // records of these stand alone
+          if constexpr (kPart == Part::kAll) Evict();
+          at += 1;
+          break;
+        case kRingMove:
+          if constexpr (kPart == Part::kAll) Move(at + 1, count);
+          at += 1 + count;
+          break;
         default:
           return;
       }
@@ -270,7 +306,7 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
   __shared__ float row[kMostDim];
   __shared__ float reduced[kWarps];
   __shared__ int32_t found[kWarps];
-  // Descriptions of heads never change: they may be read before the kernel before is done.
+  // Descriptions of heads change behind a Fence only: they may be read before the kernel before is done.
   const Head& head = args.heads[blockIdx.y][blockIdx.x];
   Ring& ring = args.rings[blockIdx.y][head.plan];
   DependentsMayStart();
@@ -293,6 +329,8 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
     if (!complete) break;
     ++sequence;
     const int32_t* body = record + kRecordHeader;
+    if constexpr (kPart == Part::kAll)
+      if ((record[2] & kRefresh) != 0 && head.protect > 0) worker.Refresh(head.protected_count[0]);
     worker.Run(body, body + record[1], (record[2] & kHoisted) != 0,
                at(args.k, args.k_cache_stride, args.k_layer_stride, step),
                at(args.v, args.v_cache_stride, args.v_layer_stride, step));
@@ -315,6 +353,7 @@ __global__ void ResetKernel(const Head* heads, int32_t head_count, Ring* rings, 
     for (int32_t d = thread; d < key_dim; d += kThreads) head.mean[d] = head.sum[d] = 0;
   if (thread < 2) head.protected_count[thread] = 0;
   if (thread == 0) *head.ticket = 0;
+  if (thread == 0 && head.seen != nullptr) *head.seen = {};
 }
 
 }  // namespace

@@ -16,7 +16,15 @@
 
 namespace express::cuda {
 
-// One head stream, described in device memory. Pointers are device pointers.
+// What has been observed of one head (observe.cu): as Observed on the host, and where its stream stands.
+struct Seen {
+  unsigned long long far, tokens;
+  int64_t newest;  // position of the last token that was appended
+  int64_t unused;
+};
+
+// One head stream, described in device memory, at an address that stays: where budgets are observed, what stands there changes, and
+// kernels in captured graphs read it anew. Pointers are device pointers.
 struct Head {
   void* key;                 // (capacity, key_dim) of the storage type, rows without gaps, 256-byte aligned
   void* value;               // (capacity, value_dim)
@@ -35,6 +43,7 @@ struct Head {
   int32_t plan;              // index into the cache's rings
   char* halve_scratch;       // HalveScratchBytes(longest list)
   StreamKey stream;
+  Seen* seen;  // null where budgets are fixed
 };
 
 // Rows of a caller's tensor: row i of KV head (or query head) h begins at element i * row_stride + h * head_stride.
@@ -80,6 +89,71 @@ size_t HalveScratch(int32_t longest_list);
 void ResetHeads(const Head* heads, int32_t head_count, Ring* rings, int32_t ring_count, int32_t key_dim,
                 cudaStream_t stream);
 
+// ---- far mass (observe.cu) ----
+
+// Heads of one layer of one cache, and which of its tokens asks.
+struct ObserveCache {
+  const Head* heads;  // (kv_heads), device memory
+  int64_t position;   // of the token; negative: the newest (Head::seen)
+  int64_t mean;       // mean budget: positions [mean / 2, end) count, entries at least mean / 2 back are far
+  int64_t end;
+  int64_t row;  // its row of q
+};
+// Adds to Head::seen, per chunk of at most `rows_at_once` query rows of a KV head, the largest share of attention that one of them
+// pays to far entries. Decode: `items` caches, each with `tokens` * group query rows as in AttendArgs, over what its slabs hold.
+// Prompt: cache 0 alone, and tokens at position, position + every, .. with one row of `group` query heads each: over the slabs, and
+// rows of k from first_position up to the token itself.
+struct ObserveArgs {
+  ObserveCache caches[kMaxBatch];
+  int32_t items, kv_heads, group, tokens;
+  int32_t key_dim, rows_at_once;
+  DType dtype;  // of slabs and k
+  bool launch_early;
+  Rows q;
+  int64_t q_cache_stride;
+  bool prompt;
+  Rows k;
+  int64_t first_position;
+  float scale, exponent;
+};
+inline constexpr int32_t kObserveEvery = 16;     // tokens
+inline constexpr int32_t kObserveFloats = 2048;  // of query rows at once
+void Observe(const ObserveArgs& args, cudaStream_t stream);
+// seen (heads) to `to` (heads, 2), the host's memory: far and tokens.
+void CopySeen(const Seen* seen, int32_t heads, uint64_t* to, cudaStream_t stream);
+
+// ---- other budgets (resize.cu) ----
+
+// Moves pieces of memory, each up or down, through a buffer: in this order none lands on what has still to move. Addresses and
+// sizes are multiples of 16 bytes.
+class Mover {
+ public:
+  Mover(void* buffer, size_t bytes, cudaStream_t stream)
+      : buffer_(static_cast<char*>(buffer)), capacity_(bytes / 16 * 16), stream_(stream) {}
+  void Down(const void* from, void* to, size_t bytes);  // to < from: the lowest piece first
+  void Up(const void* from, void* to, size_t bytes);    // to > from: the highest piece first
+  void Flush();
+
+ private:
+  static constexpr int32_t kSegments = 64;
+  void Add(const char* from, char* to, size_t bytes);
+  struct Segment {
+    const char* from;
+    char* to;
+    size_t at, bytes;  // in the buffer
+  };
+  char* buffer_;
+  size_t capacity_, used_ = 0;
+  cudaStream_t stream_;
+  int32_t count_ = 0;
+  Segment segment_[kSegments];
+};
+// Slots [known[h], capacity) of head h are free.
+void FreeSlots(const Head* heads, const int32_t* known, int32_t head_count, cudaStream_t stream);
+// Kernels that are launched early read descriptions of heads before the kernel before is done: behind this one, they are as they
+// were written.
+void Fence(cudaStream_t stream);
+
 // ---- words to the device (upload.cu) ----
 
 struct UploadSegment {
@@ -121,7 +195,8 @@ struct AttendArgs {
   int32_t caches, kv_heads, group, tokens;
   int32_t max_capacity;  // of all those heads
   int32_t key_dim, value_dim;
-  DType dtype;  // of the slabs
+  DType dtype;        // of the slabs
+  bool sizes_change;  // the launch is captured, and heads may be others, of up to max_capacity, when it is replayed
   Rows q, out;
   int64_t q_cache_stride, out_cache_stride;
   float* lse;

@@ -16,6 +16,8 @@ constexpr int32_t RecordTag(int32_t sequence) {
   return static_cast<int32_t>(static_cast<uint32_t>(sequence) * 0x9E3779B1u + 0x7F4A7C15u);
 }
 inline constexpr int32_t kHoisted = 1;  // flag: halvings touch nothing that this token brings, and may run ahead of it
+inline constexpr int32_t kRefresh =
+    2;  // flag: Head::protect has changed, and which protected entry is the weakest may have
 
 // Operations: word 0 is kind | count << 4, then what the kind has; 64-bit numbers take two words, low first.
 enum RingOp : int32_t {
@@ -25,6 +27,8 @@ enum RingOp : int32_t {
   kRingSample = 4,  // number, weight, total, float log weight, slot kept, slot freed
   kRingHalve = 5,   // number, float log weight, count slots
   kRingFree = 6,    // count slots
+  kRingEvict = 7,   // nothing
+  kRingMove = 8,    // count slots, in pairs: from, to
 };
 
 // One plan's ring; device memory.

@@ -67,6 +67,7 @@ class Plan {
 
   int64_t protected_count() const { return protected_count_; }
   Slot protected_slot(int64_t i) const { return protected_[i]; }  // in the order in which they were taken
+  const Slot* protected_slots() const { return protected_; }      // (protected_count)
   int64_t tail_count() const { return tail_count_; }
   // Slot of the token `i` places into the exact tail, oldest first, and of sink i; the slot that the next token takes out of
   // the tail, kNoSlot if none.

@@ -17,6 +17,7 @@ Config SmallConfig(DType dtype) {
   c.budget = 160;
   c.prefill_block = 64;
   c.seed = 11;
+  c.head_budgets = HeadBudgets::kFixed;
   c.threads = 2;
   return c;
 }
