@@ -47,7 +47,7 @@ DEV = [
     ("1024: + protected 35 %, window 512, alpha 0", express(1024, 512, 358, 0), 3),
     ("1024: + protected 50 %, window 256, alpha 0.5", express(1024, 256, 512, 0.5), 3),
     ("1024: + protected 65 %, window 256, alpha 0.5", express(1024, 256, 666, 0.5), 3),
-    ("1024: default division, no profile", ["--policy", "express", "--budget", "1024"], 3),
+    ("1024: default division, no profile", ["--policy", "express", "--budget", "1024", "--head-budgets", "fixed"], 3),
     ("4096: sinks + window", ["--policy", "window", "--budget", "4096"], 1),
     ("4096: + protected 35 %, window 1024, alpha 0.5", express(4096, 1024, 1434, 0.5), 3),
     ("16 x 1024 by far mass: window, p 1", ["--policy", "window", "--budget", "1024", "--power", "1"] + PROFILE, 1),

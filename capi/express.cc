@@ -102,6 +102,8 @@ Status TakeConfig(const express_config* given, express_config* config) {
     return Error(StatusCode::kUnsupported, "config.struct_size: ", size,
                  " bytes with fields set that this version of the library does not know");
   std::memcpy(config, given, std::min<size_t>(size, sizeof(express_config)));
+  // A program from before the field was there relies on what it does not know to change.
+  if (size <= offsetof(express_config, head_budgets)) config->head_budgets = EXPRESS_HEAD_BUDGETS_FIXED;
   return Status();
 }
 
@@ -408,8 +410,12 @@ express_status express_get_stats(const express_cache* cache, int32_t layer, expr
     express::Stats s;
     EXPRESS_RETURN_IF_ERROR(From(cache)->GetStats(layer, &s));
     const uint32_t size = stats->struct_size;
-    *stats = {size,         0,          s.tokens, s.entries,    s.entries_peak,    s.entries_budget, s.min_weight,
-              s.max_weight, s.halvings, s.bytes,  s.bytes_peak, s.compress_seconds};
+    *stats = {size,           static_cast<int32_t>(s.head_budgets),
+              s.tokens,       s.entries,
+              s.entries_peak, s.entries_budget,
+              s.min_weight,   s.max_weight,
+              s.halvings,     s.bytes,
+              s.bytes_peak,   s.compress_seconds};
     return Status();
   });
 }

@@ -129,8 +129,9 @@ typedef enum express_halving {
 } express_halving;
 
 typedef enum express_head_budgets {
-  EXPRESS_HEAD_BUDGETS_FIXED = 0,   /* for the life of the cache: equal, or by head_share or head_settings */
-  EXPRESS_HEAD_BUDGETS_OBSERVED = 1 /* since 1.1: follow the attention that heads are seen to pay to far tokens */
+  EXPRESS_HEAD_BUDGETS_AUTO = 0,    /* OBSERVED where it can be (see express_config), else FIXED */
+  EXPRESS_HEAD_BUDGETS_FIXED = 1,   /* for the life of the cache: equal, or by head_share or head_settings */
+  EXPRESS_HEAD_BUDGETS_OBSERVED = 2 /* follow the attention that heads are seen to pay to far tokens */
 } express_head_budgets;
 
 typedef enum express_budget_unit {
@@ -223,15 +224,18 @@ typedef struct express_config {
   /* Since 1.1. CUDA caches: the cudaStream_t that calls enqueue on until express_set_stream; NULL: the default stream. */
   void *stream;
 
-  /* Since 1.1. express_head_budgets. OBSERVED: all heads begin with the mean budget B, and until as many tokens have come
-   * express_attend and express_prefill note, for every 16th of them, how much of its attention each KV head pays to tokens more
-   * than B/2 back. At 15/16 B tokens the total is shared out anew: every KV head gets 5/16 B, and what remains goes in proportion
-   * to the third power of that share; at most 2 n entries at n tokens, and 8 B, go to one head, so that it is done once more at
-   * 2 B and at 4 B tokens. It happens in the memory that the cache has, at the beginning of a call that appends and when all layers
-   * stand at the same number of tokens. Needs the CPU, more than one (layer, KV head), automatic window and
-   * protected_entries, no head_share or head_settings, schedule BUDGET and auto_compress. What is kept then depends on the queries
-   * too, on which heads one cache holds, and on where calls stand in the stream: prefill a prompt in chunks of at most B tokens, all
-   * layers of one before the next. */
+  /* Since 1.1. express_head_budgets. OBSERVED: all heads begin with the mean budget B. For every 16th token from B/2 up to 7/8 B
+   * express_attend and express_prefill note how much of its attention each KV head pays to tokens more than B/2 back. At 15/16 B tokens
+   * the total is shared out anew: every KV head gets 5/16 B, and what remains goes in proportion to the third power of that share; at
+   * most 2 n entries at n tokens, and 8 B, go to one head, so that it is done once more at 2 B and at 4 B tokens. It happens in the
+   * memory that the cache has, at the beginning of a call that appends (on CUDA also of express_step_prepare) and when all layers
+   * stand at the same number of tokens. Needs more than one (layer, KV head), automatic window and protected_entries, no head_share or
+   * head_settings, schedule BUDGET and auto_compress. What is kept then depends on the queries too, on which heads one cache holds, and
+   * on where calls stand in the stream: prefill a prompt in chunks of at most B tokens, all layers of one before the next; behind a
+   * longer one budgets are settled late.
+   * AUTO: OBSERVED on the CPU where the above and the budget allow it and first_layer and first_kv_head are 0, else FIXED. Set FIXED
+   * where what is kept must depend on counts and keys alone, and in all processes that a model's heads or layers are split over.
+   * Programs compiled before this field was there get FIXED. express_stats tells which it is. */
   int32_t head_budgets;
   int32_t reserved; /* 0 */
 } express_config;
@@ -241,7 +245,7 @@ typedef struct express_config {
     (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0,   \
         EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,     \
         EXPRESS_HALVING_KERNEL, 0.5, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0, EXPRESS_AUTO, NULL, \
-        NULL, NULL, EXPRESS_HEAD_BUDGETS_FIXED, 0                                                                      \
+        NULL, NULL, EXPRESS_HEAD_BUDGETS_AUTO, 0                                                                       \
   }
 
 /* The same as a function, for languages without the macro: fills the first struct_size bytes of *config with the
@@ -309,7 +313,8 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_attend_batch(const express_c
 /* ----------------------------------------------------------------------------------- CUDA: streams and graphs ---- */
 
 /* On CUDA every call enqueues on the cache's stream and returns: no call but express_create, express_destroy,
- * express_reset, express_save and express_load synchronises, and nothing is allocated on the device after creation.
+ * express_reset, express_save and express_load synchronises, and nothing is allocated on the device after creation. (With observed
+ * budgets one call in a cache's life waits for what was observed, if the host is further ahead of the device than B/16 tokens.)
  * Tensors are device memory, every row of k, v, q and out aligned to 16 bytes; they must live until the stream has passed
  * the call. Concurrent express_attend calls on one cache must be on one stream.
  *
@@ -325,6 +330,8 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_set_stream(express_cache *ca
  * EXPRESS_STATUS_STEPS_PENDING: synchronise the stream, or cancel); a ring without room for n more steps is
  * EXPRESS_STATUS_RING_FULL; the ring holds at least 64 steps once its steps have run. A replay that was not prepared changes
  * nothing and breaks the cache (EXPRESS_STATUS_BROKEN from the next call that notices). On the CPU both calls do nothing.
+ * Observed budgets are settled by express_step_prepare if they are due and all steps prepared before have run; n steps that reach past
+ * a settling put it off to the next call. A graph stays valid when budgets change.
  *
  * express_step_cancel: the caller has synchronised the stream; prepared steps that were not replayed are taken back. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_step_prepare(express_cache *cache, int64_t n);
@@ -347,7 +354,8 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_workspace_size(const express
  *   workspace: may be NULL when none is needed
  * Tokens are taken in blocks that begin at absolute multiples of config.prefill_block: a query attends to what the layer
  * held when its block (or this call) began, and exactly to the tokens of its block up to its own. A prompt in chunks that
- * end at multiples of prefill_block gives the results of the prompt whole; any cut leaves the same cache. */
+ * end at multiples of prefill_block gives the results of the prompt whole; any cut leaves the same cache. (Both with fixed budgets of
+ * heads; observed ones are settled between calls.) */
 EXPRESS_API EXPRESS_MUST_USE express_status express_prefill(express_cache *cache, int32_t layer,
                                                             const express_tensor *q, const express_tensor *k,
                                                             const express_tensor *v, const express_tensor *out,
@@ -424,7 +432,7 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_compress_kv(const express_co
 /* struct_size first, as in express_config; only struct_size bytes are written. */
 typedef struct express_stats {
   uint32_t struct_size;
-  uint32_t reserved;
+  int32_t head_budgets;   /* since 1.1: what config.head_budgets came to, FIXED or OBSERVED */
   int64_t tokens;         /* tokens seen, less those rolled back; of all layers: the smallest */
   int64_t entries;        /* entries held now, over the KV heads of the layer(s) */
   int64_t entries_peak;   /* the most that were ever held after a call */

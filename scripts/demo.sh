@@ -47,7 +47,7 @@ printf '[... the first %d bytes of demo.txt, which end in:]\n%s\n[... and the mo
   "$(tail -c 160 "$prompt")"
 status=0
 "$build/byte_lm/express-lm" generate --model "$model" --prompt-file "$prompt" --tokens "$tokens" --policy express \
-  --budget 512 --profile "$model/profile.json" --temperature 0.7 2>"$notes" || status=$?
+  --budget 512 --temperature 0.7 2>"$notes" || status=$?
 printf '\n\n'
 cat "$notes"
 exit "$status"

@@ -35,8 +35,6 @@ class Engine:
         line = [str(self.path), command, "--model", str(self.model), "--policy", policy, "--json", *arguments]
         if policy != "exact":
             line += ["--budget", str(budget)]
-        if policy == "express":
-            line += ["--profile", str(self.model / "profile.json")]
         done = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=False)
         if done.returncode != 0:
             sys.exit(f"demo_table: failed with {done.returncode}: {' '.join(line)}")

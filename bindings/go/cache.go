@@ -197,6 +197,7 @@ type Stats struct {
 	MinWeight, MaxWeight, Halvings              int64
 	Bytes, BytesPeak                            int64
 	CompressSeconds                             float64
+	HeadBudgets                                 HeadBudgets // what Config.HeadBudgets came to
 }
 
 // Stats is express_get_stats of a layer, or of AllLayers.
@@ -207,7 +208,8 @@ func (c *Cache) Stats(layer int) (Stats, error) {
 
 func statsOf(s *C.express_stats) Stats {
 	return Stats{int64(s.tokens), int64(s.entries), int64(s.entries_peak), int64(s.entries_budget), int64(s.min_weight),
-		int64(s.max_weight), int64(s.halvings), int64(s.bytes), int64(s.bytes_peak), float64(s.compress_seconds)}
+		int64(s.max_weight), int64(s.halvings), int64(s.bytes), int64(s.bytes_peak), float64(s.compress_seconds),
+		HeadBudgets(s.head_budgets)}
 }
 
 // Bytes is express_bytes: what the cache has allocated, constant from New to Close.

@@ -26,8 +26,9 @@ const (
 // HeadBudgets is how the budgets of heads come about: express_head_budgets.
 type HeadBudgets int32
 
-// For the life of the cache, or following the attention that heads are seen to pay to far tokens (on the CPU).
+// Following the attention that heads are seen to pay to far tokens where that is possible, for the life of the cache, or always following.
 const (
+	HeadBudgetsAuto     HeadBudgets = C.EXPRESS_HEAD_BUDGETS_AUTO
 	HeadBudgetsFixed    HeadBudgets = C.EXPRESS_HEAD_BUDGETS_FIXED
 	HeadBudgetsObserved HeadBudgets = C.EXPRESS_HEAD_BUDGETS_OBSERVED
 )

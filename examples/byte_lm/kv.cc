@@ -88,9 +88,10 @@ std::unique_ptr<KvCache> MakeExpress(const KvOptions& o, const ModelConfig& m, i
   c.window = o.window;
   c.protected_entries = o.protect;
   c.weight_exponent = o.alpha;
-  c.head_budgets =
-      Choose<int32_t>("--head-budgets", o.head_budgets,
-                      {{"fixed", EXPRESS_HEAD_BUDGETS_FIXED}, {"observed", EXPRESS_HEAD_BUDGETS_OBSERVED}});
+  c.head_budgets = Choose<int32_t>("--head-budgets", o.head_budgets,
+                                   {{"auto", EXPRESS_HEAD_BUDGETS_AUTO},
+                                    {"fixed", EXPRESS_HEAD_BUDGETS_FIXED},
+                                    {"observed", EXPRESS_HEAD_BUDGETS_OBSERVED}});
   c.gamma = o.gamma;
   c.tau = o.tau;
   c.seed = o.seed;

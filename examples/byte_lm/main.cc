@@ -42,15 +42,20 @@ void AddCache(CLI::App* app, CommonOptions& o) {
   app->add_option("--schedule", o.kv.schedule, "budget or rounds")
       ->check(CLI::IsMember({"budget", "rounds"}))
       ->capture_default_str();
-  app->add_option("--head-budgets", o.kv.head_budgets,
-                  "fixed, or observed: heads that are seen to look far get more of the budget")
+  app->add_option(
+         "--head-budgets", o.kv.head_budgets,
+         "fixed, or observed: heads that are seen to look far get more of the budget; auto: observed where the rest "
+         "allows it, as without a profile")
       ->capture_default_str()
-      ->check(CLI::IsMember({"fixed", "observed"}));
+      ->check(CLI::IsMember({"auto", "fixed", "observed"}));
   app->add_option("--halving", o.kv.halving, "kernel, or coin: uniform sampling, for comparison")
       ->check(CLI::IsMember({"kernel", "coin"}))
       ->capture_default_str();
   app->add_option("--block", o.kv.block, "Tokens taken at a time; 1 is decoding")
       ->check(CLI::PositiveNumber)
+      ->capture_default_str();
+  app->add_option("--chunk", o.kv.chunk, "Tokens given to the cache in one call (0: a block)")
+      ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
   app->add_option("--dtype", o.kv.dtype, "Storage of keys and values")
       ->check(CLI::IsMember({"f32", "f16", "bf16"}))

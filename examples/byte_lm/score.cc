@@ -28,15 +28,16 @@ struct Result {
 Result Run(Model& model, const CommonOptions& common, const std::string& text, const std::string& what) {
   const std::vector<int32_t> tokens = Encode(text);
   const auto n = static_cast<int64_t>(tokens.size()) - 1;  // the last token predicts nothing that is known
-  const int64_t vocab = model.config().vocab, block = common.kv.block;
+  const int64_t vocab = model.config().vocab, block = common.kv.block,
+                chunk = common.kv.chunk > 0 ? common.kv.chunk : block;
   if (block < 1) throw std::runtime_error("--block: expected at least 1");
   const std::unique_ptr<KvCache> kv = MakeKv(common.kv, model.config(), n);
   Progress progress(what, n, common.progress);
   Result result;
   std::vector<float> logits;  // (block, vocab)
   const double begin = Seconds();
-  for (int64_t at = 0; at < n; at += block) {
-    const int64_t count = std::min(block, n - at);
+  for (int64_t at = 0; at < n; at += chunk) {
+    const int64_t count = std::min(chunk, n - at);
     model.Forward(tokens.data() + at, count, at, *kv, logits);
     for (int64_t i = 0; i < count; ++i) {
       const int32_t target = tokens[static_cast<size_t>(at + i + 1)];

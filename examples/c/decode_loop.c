@@ -1,4 +1,4 @@
-/* Decoding far beyond the budget: a cache of 256 entries per KV head takes 4096 tokens, one by one, as a decoder would.
+/* Decoding far beyond the budget: a cache of 256 entries per KV head, on average, takes 4096 tokens, one by one, as a decoder would.
  *
  *     cc -std=c99 decode_loop.c $(pkg-config --cflags --libs express) -lm -o decode_loop
  */
@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 enum { LAYERS = 2, QUERY_HEADS = 4, KV_HEADS = 2, DIM = 64, BUDGET = 256, TOKENS = 4096 };
+enum { ALL = LAYERS * KV_HEADS * BUDGET }; /* entries, which heads share out by what they are seen to look at */
 
 static void check(express_status status, const char *call) {
   if (status == EXPRESS_STATUS_OK) return;
@@ -37,8 +38,8 @@ static void fill(float *x, int64_t count, uint32_t *state) {
 
 /* The weights of the entries of one KV head always add up to the number of tokens seen. */
 static int64_t sum_of_weights(const express_cache *cache, int32_t layer, int32_t kv_head, int64_t *entries) {
-  static float k[BUDGET * DIM], v[BUDGET * DIM], log_weight[BUDGET];
-  const int64_t rows[2] = {BUDGET, DIM};
+  static float k[ALL * DIM], v[ALL * DIM], log_weight[ALL];
+  const int64_t rows[2] = {ALL, DIM};
   const express_tensor k_out = view(k, EXPRESS_DTYPE_F32, 2, rows);
   const express_tensor v_out = view(v, EXPRESS_DTYPE_F32, 2, rows);
   const express_tensor weight_out = view(log_weight, EXPRESS_DTYPE_F32, 1, rows);
@@ -63,7 +64,7 @@ int main(void) {
   uint32_t random = 1;
   int wrong = 0;
   int32_t layer, head;
-  int64_t token;
+  int64_t token, all = 0;
 
   config.layers = LAYERS;
   config.query_heads = QUERY_HEADS;
@@ -89,9 +90,11 @@ int main(void) {
       const int64_t weight = sum_of_weights(cache, layer, head, &entries);
       printf("layer %d, KV head %d: %lld tokens in %lld entries, weights add up to %lld\n", (int)layer, (int)head,
              (long long)TOKENS, (long long)entries, (long long)weight);
-      wrong += weight != TOKENS || entries > BUDGET;
+      wrong += weight != TOKENS;
+      all += entries;
     }
   }
+  wrong += all > ALL;
   check(express_get_stats(cache, EXPRESS_AUTO, &stats), "express_get_stats");
   printf("%lld bytes, %lld halvings, largest weight %lld\n", (long long)stats.bytes, (long long)stats.halvings,
          (long long)stats.max_weight);

@@ -28,6 +28,7 @@ struct Stats {
   int64_t bytes = 0;
   int64_t bytes_peak = 0;
   double compress_seconds = 0;
+  HeadBudgets head_budgets = HeadBudgets::kFixed;
 };
 
 struct Workspace {

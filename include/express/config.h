@@ -65,7 +65,7 @@ struct Config {
   void* parallel_for_context = nullptr;
 
   void* stream = nullptr;  // cudaStream_t
-  HeadBudgets head_budgets = HeadBudgets::kFixed;
+  HeadBudgets head_budgets = HeadBudgets::kAuto;
 };
 
 }  // namespace express

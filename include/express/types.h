@@ -27,8 +27,9 @@ enum class Halving : int32_t {
 };
 
 enum class HeadBudgets : int32_t {
-  kFixed = 0,
-  kObserved = 1,  // follow the attention that heads are seen to pay to far tokens
+  kAuto = 0,  // observed where that can be, else fixed
+  kFixed = 1,
+  kObserved = 2,  // follow the attention that heads are seen to pay to far tokens
 };
 
 enum class BudgetUnit : int32_t { kEntries = 0, kBytes = 1 };

@@ -175,10 +175,15 @@ Status SettingStatus(plan::SettingError error, const plan::Setting& s, int64_t l
   }
 }
 
+// Whether the configuration allows observed budgets; and whether AUTO means them. The heads of one cache share its total: as far as
+// it can tell, it has all heads of the model.
 bool CanObserve(const Config& c) {
-  return c.device_type == DeviceType::kCpu && int64_t{c.layers} * c.kv_heads > 1 && c.window == kAuto &&
-         c.protected_entries == kAuto && c.head_share.empty() && c.head_settings.empty() &&
-         c.schedule == Schedule::kBudget && c.auto_compress;
+  return int64_t{c.layers} * c.kv_heads > 1 && c.window == kAuto && c.protected_entries == kAuto &&
+         c.head_share.empty() && c.head_settings.empty() && c.schedule == Schedule::kBudget && c.auto_compress;
+}
+
+bool AutoObserves(const Config& c) {
+  return CanObserve(c) && c.device_type == DeviceType::kCpu && c.first_layer == 0 && c.first_kv_head == 0;
 }
 
 void DivideCoreset(const Config& c, plan::Setting* s) {
@@ -230,10 +235,10 @@ Status CheckConfig(const Config& c) {
   EXPRESS_RETURN_IF_ERROR(CheckArrays(c));
   EXPRESS_RETURN_IF_ERROR(CheckMethod(c));
   EXPRESS_RETURN_IF_ERROR(InRange("prefill_block", c.prefill_block, 1, 1 << 20));
-  EXPRESS_RETURN_IF_ERROR(InRange("head_budgets", static_cast<int32_t>(c.head_budgets), 0, 1));
+  EXPRESS_RETURN_IF_ERROR(InRange("head_budgets", static_cast<int32_t>(c.head_budgets), 0, 2));
   if (c.head_budgets == HeadBudgets::kObserved && !CanObserve(c))
     return Error(StatusCode::kInvalidArgument,
-                 "config.head_budgets: OBSERVED needs the CPU, more than one (layer, KV head), automatic window and "
+                 "config.head_budgets: OBSERVED needs more than one (layer, KV head), automatic window and "
                  "protected_entries, no head_share or head_settings, schedule BUDGET and auto_compress");
   if (c.threads != kAuto) EXPRESS_RETURN_IF_ERROR(InRange("threads", c.threads, 1, 4096));
   if (c.parallel_for != nullptr && c.threads == kAuto)
@@ -243,6 +248,13 @@ Status CheckConfig(const Config& c) {
 }
 
 Status ResolveEntries(const Config& c, int64_t mean, Resolved* resolved) {
+  if (c.head_budgets == HeadBudgets::kAuto) {
+    Config decided = c;
+    decided.head_budgets = HeadBudgets::kObserved;
+    if (AutoObserves(c) && ResolveEntries(decided, mean, resolved).ok()) return Status();
+    decided.head_budgets = HeadBudgets::kFixed;  // or the base of a head would be too small
+    return ResolveEntries(decided, mean, resolved);
+  }
   resolved->config = c;
   resolved->config.head_share = {};
   resolved->config.head_settings = {};

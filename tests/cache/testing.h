@@ -29,6 +29,7 @@ inline Config SmallConfig() {
   c.threads = 1;
   c.prefill_block = 16;
   c.seed = 5;
+  c.head_budgets = HeadBudgets::kFixed;  // most tests are about what depends on counts alone
   return c;
 }
 

@@ -81,6 +81,27 @@ class Errors : public ::testing::Test {
   express_tensor lse = {output.data(), EXPRESS_DEVICE_CPU, 0, EXPRESS_DTYPE_F32, 2, shape_lse, nullptr};
 };
 
+// AUTO is the default, a program from before the field was there gets FIXED, and stats tell.
+TEST_F(Errors, HeadBudgetsOfTheCaller) {
+  const auto came_to = [&](int32_t head_budgets, uint32_t struct_size) {
+    express_config c = config;
+    c.head_budgets = head_budgets;
+    c.struct_size = struct_size;
+    express_cache* created = nullptr;
+    EXPECT_EQ(express_create(&c, &created), EXPRESS_STATUS_OK) << express_last_error();
+    express_stats stats = EXPRESS_STATS_INIT;
+    EXPECT_EQ(express_get_stats(created, EXPRESS_AUTO, &stats), EXPRESS_STATUS_OK);
+    express_destroy(&created);
+    return stats.head_budgets;
+  };
+  const uint32_t size = sizeof(express_config);
+  EXPECT_EQ(config.head_budgets, EXPRESS_HEAD_BUDGETS_AUTO);
+  EXPECT_EQ(came_to(EXPRESS_HEAD_BUDGETS_AUTO, size), EXPRESS_HEAD_BUDGETS_OBSERVED);
+  EXPECT_EQ(came_to(EXPRESS_HEAD_BUDGETS_OBSERVED, size), EXPRESS_HEAD_BUDGETS_OBSERVED);
+  EXPECT_EQ(came_to(EXPRESS_HEAD_BUDGETS_FIXED, size), EXPRESS_HEAD_BUDGETS_FIXED);
+  EXPECT_EQ(came_to(EXPRESS_HEAD_BUDGETS_AUTO, offsetof(express_config, stream)), EXPRESS_HEAD_BUDGETS_FIXED);
+}
+
 TEST_F(Errors, ConfigFields) {
   const auto bad = EXPRESS_STATUS_INVALID_ARGUMENT;
   ExpectConfig(bad, "struct_size", [](express_config& c) { c.struct_size = 8; });
@@ -132,6 +153,7 @@ TEST_F(Errors, ConfigFields) {
   ExpectConfig(bad, "level_floor", [](express_config& c) { c.level_floor = 4000; });
   ExpectConfig(bad, "max_levels", [](express_config& c) { c.max_levels = 1000; });
   ExpectConfig(bad, "prefill_block", [](express_config& c) { c.prefill_block = 0; });
+  ExpectConfig(bad, "head_budgets", [](express_config& c) { c.head_budgets = 3; });
   ExpectConfig(bad, "auto_compress", [](express_config& c) { c.auto_compress = 2; });
   ExpectConfig(bad, "auto_compress", [](express_config& c) {
     c.auto_compress = 0;

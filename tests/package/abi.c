@@ -90,7 +90,7 @@ static const field kConfig[] = {
 };
 
 static const field kStats[] = {
-    FIELD(express_stats, struct_size, 0, 4),   FIELD(express_stats, reserved, 4, 4),
+    FIELD(express_stats, struct_size, 0, 4),   FIELD(express_stats, head_budgets, 4, 4),
     FIELD(express_stats, tokens, 8, 8),        FIELD(express_stats, entries, 16, 8),
     FIELD(express_stats, entries_peak, 24, 8), FIELD(express_stats, entries_budget, 32, 8),
     FIELD(express_stats, min_weight, 40, 8),   FIELD(express_stats, max_weight, 48, 8),
@@ -147,8 +147,9 @@ static void check_enumerators(void) {
   EXPECT_NUMBER(EXPRESS_SCHEDULE_ROUNDS, 1);
   EXPECT_NUMBER(EXPRESS_HALVING_KERNEL, 0);
   EXPECT_NUMBER(EXPRESS_HALVING_COIN, 1);
-  EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_FIXED, 0);
-  EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_OBSERVED, 1);
+  EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_AUTO, 0);
+  EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_FIXED, 1);
+  EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_OBSERVED, 2);
   EXPECT_NUMBER(EXPRESS_BUDGET_ENTRIES, 0);
   EXPECT_NUMBER(EXPRESS_BUDGET_BYTES, 1);
   EXPECT_NUMBER(EXPRESS_AUTO, -1);

@@ -262,6 +262,7 @@ nb::dict StatsOf(const Cache& cache, int32_t layer) {
                                                     {"bytes_peak", s.bytes_peak}};
   for (const auto& [name, count] : counts) all[name] = count;
   all["compress_seconds"] = s.compress_seconds;
+  all["head_budgets"] = s.head_budgets;
   return all;
 }
 

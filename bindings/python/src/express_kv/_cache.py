@@ -19,7 +19,7 @@ _CHOICES: dict[str, dict[str, int]] = {
     "budget_unit": {"entries": 0, "bytes": 1},
     "schedule": {"budget": 0, "rounds": 1},
     "halving": {"kernel": 0, "coin": 1},
-    "head_budgets": {"fixed": 0, "observed": 1},
+    "head_budgets": {"auto": 0, "fixed": 1, "observed": 2},
 }
 
 
@@ -54,7 +54,7 @@ class Cache:
       budget (1024): entries per KV head, or with budget_unit="bytes" bytes of the whole cache,
       dtype of what is kept ("float32", "float16", "bfloat16"), device ("cpu", "cuda", "cuda:1"),
       sinks, window, protected_entries, rollback_reserve, head_share (a number per layer or per layer and KV head),
-      head_settings (tuples of budget, sinks, window, protected_entries), head_budgets ("fixed", "observed"),
+      head_settings (tuples of budget, sinks, window, protected_entries), head_budgets ("auto", "fixed", "observed"),
       schedule ("budget", "rounds"), halving ("kernel", "coin"),
       weight_exponent, gamma, tau, delta, level_fraction, level_floor, max_levels, seed, first_layer, first_kv_head,
       prefill_block, auto_compress, validate, threads.
@@ -191,8 +191,11 @@ class Cache:
         return k, v, log_weight, position
 
     def stats(self, layer: int = ALL_LAYERS) -> dict[str, Any]:
-        """Counts of one layer or of all: tokens, entries, their peak and budget, weights, halvings, bytes, seconds of compression."""
-        return self._core.stats(layer)
+        """Counts of one layer or of all: tokens, entries, their peak and budget, weights, halvings, bytes, seconds of compression; and
+        head_budgets, "fixed" or "observed"."""
+        stats = self._core.stats(layer)
+        names = {number: name for name, number in _CHOICES["head_budgets"].items()}
+        return {**stats, "head_budgets": names[stats["head_budgets"]]}
 
     @property
     def nbytes(self) -> int:

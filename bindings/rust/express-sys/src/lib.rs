@@ -40,8 +40,9 @@ pub const EXPRESS_SCHEDULE_BUDGET: i32 = 0;
 pub const EXPRESS_SCHEDULE_ROUNDS: i32 = 1;
 pub const EXPRESS_HALVING_KERNEL: i32 = 0;
 pub const EXPRESS_HALVING_COIN: i32 = 1;
-pub const EXPRESS_HEAD_BUDGETS_FIXED: i32 = 0;
-pub const EXPRESS_HEAD_BUDGETS_OBSERVED: i32 = 1;
+pub const EXPRESS_HEAD_BUDGETS_AUTO: i32 = 0;
+pub const EXPRESS_HEAD_BUDGETS_FIXED: i32 = 1;
+pub const EXPRESS_HEAD_BUDGETS_OBSERVED: i32 = 2;
 pub const EXPRESS_BUDGET_ENTRIES: i32 = 0;
 pub const EXPRESS_BUDGET_BYTES: i32 = 1;
 
@@ -133,7 +134,7 @@ pub struct express_config {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct express_stats {
     pub struct_size: u32,
-    pub reserved: u32,
+    pub head_budgets: i32,
     pub tokens: i64,
     pub entries: i64,
     pub entries_peak: i64,

@@ -74,7 +74,7 @@ fn ours() -> BTreeMap<String, i64> {
         map,
         express_stats {
             struct_size,
-            reserved,
+            head_budgets,
             tokens,
             entries,
             entries_peak,
@@ -119,6 +119,7 @@ fn ours() -> BTreeMap<String, i64> {
         EXPRESS_SCHEDULE_ROUNDS,
         EXPRESS_HALVING_KERNEL,
         EXPRESS_HALVING_COIN,
+        EXPRESS_HEAD_BUDGETS_AUTO,
         EXPRESS_HEAD_BUDGETS_FIXED,
         EXPRESS_HEAD_BUDGETS_OBSERVED,
         EXPRESS_BUDGET_ENTRIES,

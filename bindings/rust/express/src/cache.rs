@@ -1,4 +1,4 @@
-use crate::config::Config;
+use crate::config::{Config, HeadBudgets};
 use crate::error::{check, Error, Result, Status};
 use crate::tensor::{Tensor, TensorMut};
 use express_sys as sys;
@@ -30,6 +30,8 @@ pub struct Stats {
     pub bytes: i64,
     pub bytes_peak: i64,
     pub compress_seconds: f64,
+    /// What the configuration's came to: `Fixed` or `Observed`.
+    pub head_budgets: HeadBudgets,
 }
 
 /// The cache of one sequence: all layers, inside a budget that never grows.
@@ -199,6 +201,10 @@ impl Cache {
             bytes: s.bytes,
             bytes_peak: s.bytes_peak,
             compress_seconds: s.compress_seconds,
+            head_budgets: match s.head_budgets {
+                sys::EXPRESS_HEAD_BUDGETS_OBSERVED => HeadBudgets::Observed,
+                _ => HeadBudgets::Fixed,
+            },
         })
     }
 

@@ -20,10 +20,11 @@ pub enum Halving {
     Coin,
 }
 
-/// Whether budgets of heads stay, or follow the attention that heads are seen to pay to far tokens (CPU).
+/// Whether budgets of heads stay, or follow the attention that heads are seen to pay to far tokens; `Auto`: where they can.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs)]
 pub enum HeadBudgets {
+    Auto,
     Fixed,
     Observed,
 }

@@ -25,7 +25,7 @@ def of_rank(options: dict[str, Any], layers: int, kv_heads: int, first: int, loc
     """Options given for all KV heads of the model, cut to `local` heads from `first` on."""
     if local >= kv_heads:
         return options
-    cut = dict(options)
+    cut = {"head_budgets": "fixed", **options}  # a rank would share out its own heads' total
     if (settings := options.get("head_settings")) is not None and len(settings) == layers * kv_heads != layers:
         cut["head_settings"] = [settings[i * kv_heads + first + h] for i in range(layers) for h in range(local)]
     if (share := options.get("head_share")) is not None and len(share) != layers:
