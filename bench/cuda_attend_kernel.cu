@@ -24,16 +24,51 @@ void Check(cudaError_t error) {
   std::exit(1);
 }
 
+// Numbers of about unit variance, all of whose bits vary as those of keys do: constant bits cost a GPU less power.
+__global__ void FillKernel(BFloat16* x, int64_t count) {
+  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
+    uint64_t z = static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15u + 0x1234567u;
+    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
+    z ^= z >> 31;
+    int32_t sum = 0;
+    for (int part = 0; part < 4; ++part) sum += static_cast<int32_t>((z >> (16 * part)) & 0xFFFF) - 0x8000;
+    x[i] = __float2bfloat16_rn(static_cast<float>(sum) * (1.0f / 37837.0f));
+  }
+}
+void Fill(void* data, size_t bytes) {
+  FillKernel<<<2048, 256>>>(static_cast<BFloat16*>(data), static_cast<int64_t>(bytes / sizeof(BFloat16)));
+}
+
 // Memory that all measurements share.
 class Pool {
  public:
   explicit Pool(size_t bytes) : bytes_(bytes) { Check(cudaMalloc(&data_, bytes)); }
   ~Pool() { cudaFree(data_); }
-  void Clear() { used_ = 0; }
+  // `apart`: what is taken next lies in allocations of its own, one per Apart.
+  void Clear() {
+    used_ = 0;
+    for (void* piece : pieces_) cudaFree(piece);
+    pieces_.clear();
+    piece_ = nullptr;
+  }
+  void Apart(size_t bytes) {
+    void* piece = nullptr;
+    Check(cudaMalloc(&piece, bytes));
+    Fill(piece, bytes);
+    pieces_.push_back(piece);
+    piece_ = static_cast<char*>(piece);
+  }
   template <class T>
   T* Take(int64_t count) {
+    const size_t size = (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    if (piece_ != nullptr) {
+      T* in_piece = reinterpret_cast<T*>(piece_);
+      piece_ += size;
+      return in_piece;
+    }
     T* at = reinterpret_cast<T*>(static_cast<char*>(data_) + used_);
-    used_ += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
+    used_ += size;
     if (used_ > bytes_) Check(cudaErrorMemoryAllocation);
     return at;
   }
@@ -43,16 +78,9 @@ class Pool {
  private:
   void* data_ = nullptr;
   size_t bytes_, used_ = 0;
+  std::vector<void*> pieces_;
+  char* piece_ = nullptr;
 };
-
-__global__ void FillKernel(uint32_t* x, int64_t count) {  // pairs of bf16 in [1, 2) and (-2, -1]
-  for (int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    uint32_t hash = static_cast<uint32_t>(i) * 2654435761u;
-    hash = (hash ^ hash >> 16) * 0x85EBCA6Bu;
-    hash ^= hash >> 13;
-    x[i] = 0x3F803F80u | (hash & 0x807F807Fu);
-  }
-}
 
 constexpr int kReadThreads = 256, kReadUnroll = 8;
 __global__ __launch_bounds__(kReadThreads) void ReadKernel(const uint4* x, int64_t count, uint32_t* out) {
@@ -137,7 +165,8 @@ struct Layers {
   std::vector<std::vector<Head>> described;
 };
 
-Layers MakeLayers(Pool& pool, int32_t batch, int32_t entries, int32_t layers) {
+// `apart`: every sequence has its memory to itself, as caches have.
+Layers MakeLayers(Pool& pool, int32_t batch, int32_t entries, int32_t layers, bool apart) {
   pool.Clear();
   Layers made;
   const int32_t heads = batch * kKvHeads;
@@ -149,6 +178,8 @@ Layers MakeLayers(Pool& pool, int32_t batch, int32_t entries, int32_t layers) {
   for (int32_t l = 0; l < layers; ++l) {
     std::vector<Head> described;
     for (int32_t i = 0; i < heads; ++i) {
+      if (apart && i % kKvHeads == 0)
+        pool.Apart(static_cast<size_t>(kKvHeads) * (static_cast<size_t>(entries) * (4 * kDim + 4) + 4096));
       Head head{};
       head.key = pool.Take<BFloat16>(int64_t{entries} * kDim);
       head.value = pool.Take<BFloat16>(int64_t{entries} * kDim);
@@ -159,10 +190,14 @@ Layers MakeLayers(Pool& pool, int32_t batch, int32_t entries, int32_t layers) {
       Check(cudaMemset(head.log_weight, 0, static_cast<size_t>(entries) * sizeof(float)));
       described.push_back(head);
     }
-    Head* device = pool.Take<Head>(heads);
-    Check(cudaMemcpy(device, described.data(), static_cast<size_t>(heads) * sizeof(Head), cudaMemcpyHostToDevice));
     AttendArgs args{};
-    for (int32_t c = 0; c < batch; ++c) args.heads[c] = device + c * kKvHeads;
+    for (int32_t c = 0; c < batch; ++c) {
+      if (apart) pool.Apart(kKvHeads * sizeof(Head));
+      Head* device = pool.Take<Head>(kKvHeads);
+      Check(cudaMemcpy(device, described.data() + c * kKvHeads, kKvHeads * sizeof(Head), cudaMemcpyHostToDevice));
+      args.heads[c] = device;
+    }
+    if (apart) pool.Apart(static_cast<size_t>(batch) * kKvHeads * kGroup * kDim * 8);
     args.caches = batch, args.kv_heads = kKvHeads, args.group = kGroup, args.tokens = 1;
     args.max_capacity = entries;
     args.key_dim = args.value_dim = kDim;
@@ -212,11 +247,11 @@ std::vector<Way> Ways(bool all, bool clusters) {
 }
 
 void Measure(Pool& pool, cudaStream_t stream, const std::vector<Way>& ways, double read, int32_t batch,
-             int32_t entries) {
+             int32_t entries, bool apart) {
   const int64_t bytes = int64_t{batch} * kKvHeads * entries * (4 * kDim + 4);
   if (bytes > int64_t{5} << 30) return;
   const auto layers = static_cast<int32_t>(std::clamp<int64_t>((int64_t{600} << 20) / bytes, 2, 64));
-  Layers made = MakeLayers(pool, batch, entries, layers);
+  Layers made = MakeLayers(pool, batch, entries, layers, apart);
   std::printf("%5d %6d %7.1f", batch, entries, static_cast<double>(bytes) / 1e6);
   for (const Way& way : ways) {
     const double us = Microseconds(stream,
@@ -237,10 +272,11 @@ void Measure(Pool& pool, cudaStream_t stream, const std::vector<Way>& ways, doub
 }  // namespace
 }  // namespace express::cuda
 
-// --ways: with every way to share out the work.
+// --ways: with every way to share out the work. --apart: every sequence in allocations of its own.
 int main(int count, char** arguments) {
   using namespace express::cuda;
   const bool all = count > 1 && std::strcmp(arguments[1], "--ways") == 0;
+  const bool apart = count > 1 && std::strcmp(arguments[1], "--apart") == 0;
   AttendMachine machine;
   cudaDeviceProp device;
   Check(cudaGetDeviceProperties(&device, 0));
@@ -249,7 +285,7 @@ int main(int count, char** arguments) {
   cudaStream_t stream;
   Check(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   Pool pool(size_t{11} << 30);
-  FillKernel<<<2048, 256>>>(static_cast<uint32_t*>(pool.data()), static_cast<int64_t>(pool.bytes() / 4));
+  Fill(pool.data(), pool.bytes());
   Check(cudaDeviceSynchronize());
   const double read = ReadFloor(pool, stream, machine.multiprocessors);
   std::printf("%s: read %.0f GB/s; clusters of 1, 2, 4, 8, 16 blocks at once:", device.name, read);
@@ -264,7 +300,7 @@ int main(int count, char** arguments) {
     std::printf("batch entries   MB");
     for (const Way& way : ways) std::printf(" %11s", way.name.c_str());
     std::printf("\n");
-    for (const int32_t entries : {512, 1024, 2048, 4096, 8192}) Measure(pool, stream, ways, read, batch, entries);
+    for (const int32_t entries : {512, 1024, 2048, 4096, 8192}) Measure(pool, stream, ways, read, batch, entries, apart);
   }
   return 0;
 }

@@ -123,7 +123,8 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
     if (blocks > 1) ClusterWait();
     return;
   }
-  state.LoadQueries(launch, share.head);
+  state.LoadQueries(launch, share.head, state.q);
+  typename decltype(state)::Queries next_queries = {};
   int stage = 0;
   uint32_t turn = 0;
   for (int32_t head = share.head; walk.Has(head); ++head) {
@@ -132,6 +133,8 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
     const int32_t end = last ? next.tile : static_cast<int32_t>(CeilDiv(capacity, kTile));
     if (walk.Has(head + 1))
       capacity = launch.args.heads[(head + 1) / launch.args.kv_heads][(head + 1) % launch.args.kv_heads].capacity;
+    // They may come from far: under load that takes longer than the end of a head.
+    if (state.kAhead && walk.Has(head + 1)) state.LoadQueries(launch, head + 1, next_queries);
     for (int32_t tile = (first ? share.tile : 0) + first_tile; tile < end; tile += step) {
       CopyAsyncWaitFor(stages - 1);
       __syncwarp();
@@ -141,9 +144,15 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
       coming = walk.Weight(lane);
       if (++stage == stages) stage = 0;
     }
-    if (walk.Has(head + 1)) state.LoadQueries(launch, head + 1);
+    if (walk.Has(head + 1)) {
+      if constexpr (state.kAhead)
+        state.Take(next_queries);
+      else
+        state.LoadQueries(launch, head + 1, state.q);
+    }
     Finish(launch, state, memory, head, first ? share.split : 0, first ? share.splits : last ? next.splits : 1, turn);
   }
+  FinishSplits(launch, memory, share, next);
 }
 
 // ---- who takes which keys ----

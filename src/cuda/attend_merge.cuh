@@ -20,7 +20,7 @@ struct MergeMemory {
     float2 states[kMergeRows];
   };
   Inbox inbox[2];
-  bool last;
+  bool last[2];
   Warp warp[1];  // (warps)
   static constexpr int64_t Bytes(int64_t warps) {
     return (static_cast<int64_t>(sizeof(MergeMemory)) + (warps - 1) * static_cast<int64_t>(sizeof(Warp)) + 127) / 128 *
@@ -80,8 +80,7 @@ __device__ __noinline__ void MergeSplits(const Result<kValueDim>& result, const 
   }
 }
 
-// What the warps of a cluster have becomes the result, or, with several splits, a partial result, the last of which makes the
-// result. Called by all threads of the cluster; `turn` counts the calls' chunks of rows.
+// What the warps of a cluster have becomes the result, or, with several splits, a partial result (see FinishSplits). Called by all threads of the cluster; `turn` counts the calls' chunks of rows.
 template <class State, int kValueDim>
 __device__ __forceinline__ void Finish(const AttendLaunch& launch, const State& state, MergeMemory<kValueDim>& memory,
                                        int32_t head_index, int32_t split, int32_t splits, uint32_t& turn) {
@@ -143,25 +142,41 @@ __device__ __forceinline__ void Finish(const AttendLaunch& launch, const State& 
       result.Store(first + row, dim, m, sum);
     }
   }
-  if (splits == 1) return;
+}
+
+// Once all of a share is done: whoever is the last one of a head that several shares have merges what they have. Waiting for the
+// others to see what was written means to wait for all that was asked for, too: so this is not done between heads.
+template <int kValueDim>
+__device__ __forceinline__ void FinishSplits(const AttendLaunch& launch, MergeMemory<kValueDim>& memory, const Share& share,
+                                             const Share& next) {
+  const bool first = share.splits > 1, last = next.tile > 0 && next.head != share.head && next.splits > 1;
+  if (!first && !last) return;
+  const bool leader = threadIdx.x == 0;
+  const auto head = [&](int32_t index) -> const Head& {
+    return launch.args.heads[index / launch.args.kv_heads][index % launch.args.kv_heads];
+  };
   __threadfence();
-  if (blocks > 1) {
+  if (ClusterSize() > 1) {
     ClusterArrive();
     ClusterWait();
-    if (rank != 0) return;
+    if (ClusterRank() != 0) return;
   } else {
     __syncthreads();
   }
-  if (thread == 0) {
+  if (leader) {
     __threadfence();
-    memory.last = atomicAdd(head.ticket, 1) == splits - 1;
+    memory.last[0] = first && atomicAdd(head(share.head).ticket, 1) == share.splits - 1;
+    memory.last[1] = last && atomicAdd(head(next.head).ticket, 1) == next.splits - 1;
   }
   __syncthreads();
-  if (!memory.last) return;
   __threadfence();
-  result.partial = nullptr;
-  MergeSplits<kValueDim>(result, head.partial, splits);
-  if (thread == 0) *head.ticket = 0;
+  for (int i = 0; i < 2; ++i) {
+    if (!memory.last[i]) continue;
+    const int32_t index = i == 0 ? share.head : next.head;
+    const Result<kValueDim> result{launch, index / launch.args.kv_heads, index % launch.args.kv_heads, nullptr};
+    MergeSplits<kValueDim>(result, head(index).partial, i == 0 ? share.splits : next.splits);
+    if (leader) *head(index).ticket = 0;
+  }
 }
 
 }  // namespace express::cuda

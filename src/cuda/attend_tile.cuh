@@ -155,7 +155,8 @@ struct WarpState {
   using Layout = Tile<T, kKeyDim, kValueDim>;
   static constexpr int kPieces = (kKeyDim / 8 + 3) / 4;  // 16-byte pieces of a key per thread
   static constexpr int kGroups = (kValueDim + 63) / 64;  // of 64 dims of a value
-  uint4 q[kTiles][kPieces];                              // of query g
+  using Queries = uint4[kTiles][kPieces];                // of query g
+  Queries q;
   float out[kTiles][kGroups][4][4];                      // O^T: row tile j of the group
   float max[kTiles][2], sum[kTiles][2];                  // of queries 2t, 2t + 1; base 2
   const int g = static_cast<int>(threadIdx.x % kWarp / 4), t = static_cast<int>(threadIdx.x % 4);
@@ -163,19 +164,27 @@ struct WarpState {
   static __device__ bool HasPiece(int piece) { return kKeyDim % 32 == 0 || piece < kKeyDim / 8; }
   __device__ bool HasGroup(int group) const { return kValueDim % 64 == 0 || 64 * group + 8 * g < kValueDim; }
 
-  __device__ __forceinline__ void LoadQueries(const AttendLaunch& launch, int32_t head) {
+  // Whether there are registers for the queries of the head to come.
+  static constexpr bool kAhead = kTiles * (2 * kPieces * 4 + kGroups * 16) <= 128;
+  __device__ __forceinline__ void LoadQueries(const AttendLaunch& launch, int32_t head, Queries& to) const {
     const int32_t cache = head / launch.args.kv_heads, kv_head = head % launch.args.kv_heads;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int row = n * kQueries + g;
       const auto* from = static_cast<const char*>(QueryRow(launch, min(row, launch.rows - 1), cache, kv_head));
 #pragma unroll
-      for (int i = 0; i < kPieces; ++i) q[n][i] = make_uint4(0, 0, 0, 0);
+      for (int i = 0; i < kPieces; ++i) to[n][i] = make_uint4(0, 0, 0, 0);
       if (row >= launch.rows) continue;
 #pragma unroll
       for (int i = 0; i < kPieces; ++i)
-        if (HasPiece(t + 4 * i)) q[n][i] = LoadQuery<T>(from, launch.args.q.dtype, 8 * (t + 4 * i));
+        if (HasPiece(t + 4 * i)) to[n][i] = LoadQuery<T>(from, launch.args.q.dtype, 8 * (t + 4 * i));
     }
+  }
+  __device__ __forceinline__ void Take(const Queries& from) {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) q[n][i] = from[n][i];
   }
   __device__ __forceinline__ void Clear() {
 #pragma unroll
