@@ -353,9 +353,10 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_workspace_size(const express
  *   q, out, lse as in express_attend; k, v as in express_append; the same n in all
  *   workspace: may be NULL when none is needed
  * Tokens are taken in blocks that begin at absolute multiples of config.prefill_block: a query attends to what the layer
- * held when its block (or this call) began, and exactly to the tokens of its block up to its own. A prompt in chunks that
- * end at multiples of prefill_block gives the results of the prompt whole; any cut leaves the same cache. (Both with fixed budgets of
- * heads; observed ones are settled between calls.) */
+ * held when its block (or this call) began, and exactly to the tokens of its block up to its own. Short prompts are one block:
+ * n tokens that begin an empty layer, n < 4096 and at most three times the KV head's budget, where budgets are fixed. Else a prompt in
+ * chunks that end at multiples of prefill_block, the first of them no such short one above the budget, gives the results of the prompt
+ * whole. Any cut leaves the same cache. (Both with fixed budgets of heads; observed ones are settled between calls.) */
 EXPRESS_API EXPRESS_MUST_USE express_status express_prefill(express_cache *cache, int32_t layer,
                                                             const express_tensor *q, const express_tensor *k,
                                                             const express_tensor *v, const express_tensor *out,

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "src/cache/cpu_cache.h"
+#include "src/cache/exact_prompt.h"
 #include "src/cache/message.h"
 
 namespace express::cache {
@@ -155,18 +156,28 @@ Status CpuCache::DoWorkspaceSize(int64_t, size_t* bytes) const {
 Status CpuCache::DoPrefill(int32_t layer, const Queries& queries, const Input& all, const Workspace&) {
   Input input = all;
   const int64_t begin = LayerTokens(layer), end = begin + input.tokens, block = config_.prefill_block;
+  const auto is_exact = [&](const HeadState& h) {
+    return IsExactPrompt(config_, plans_.plans[h.plan].plan.setting(), begin, all.tokens);
+  };
+  int32_t exact = 0;  // heads for which the prompt is one block
+  for (int32_t g = 0; g < config_.kv_heads; ++g) exact += is_exact(head(layer, g));
+  if (exact > 0) EXPRESS_RETURN_IF_ERROR(PrefillBlock(layer, queries, input, is_exact));
+  const auto others = [&](const HeadState& h) { return exact == 0 || !is_exact(h); };
   for (int64_t position = begin; position < end;) {
-    const int64_t stop = std::min(end, (position / block + 1) * block);
+    const int64_t stop = exact == config_.kv_heads ? end : std::min(end, (position / block + 1) * block);
     input.first_token = position - begin;
     input.tokens = stop - position;
-    EXPRESS_RETURN_IF_ERROR(PrefillBlock(layer, queries.q, input, queries.out, queries.lse_or_null()));
+    if (exact < config_.kv_heads) EXPRESS_RETURN_IF_ERROR(PrefillBlock(layer, queries, input, others));
     EXPRESS_RETURN_IF_ERROR(Ingest(input));
     position = stop;
   }
   return Status();
 }
 
-Status CpuCache::PrefillBlock(int32_t layer, const Array& q, const Input& input, const Array& out, const Array* lse) {
+// The queries of the heads that `takes` is true of.
+template <class Takes>
+Status CpuCache::PrefillBlock(int32_t layer, const Queries& queries, const Input& input, const Takes& takes) {
+  const Array &q = queries.q, &out = queries.out, *lse = queries.lse_or_null();
   const int32_t group = config_.query_heads / config_.kv_heads;
   // Few heads: cut the block's queries too. A query's result does not depend on the cut.
   const int64_t wanted =
@@ -174,6 +185,7 @@ Status CpuCache::PrefillBlock(int32_t layer, const Array& q, const Input& input,
   const int64_t cuts = std::clamp<int64_t>(input.tokens / 16, 1, wanted);
   const auto body = [&](int64_t task, int32_t worker) {
     const HeadState& h = head(layer, static_cast<int32_t>(task / cuts));
+    if (!takes(h)) return;
     const int64_t cut = task % cuts, t0 = input.first_token, h0 = int64_t{h.kv_head} * group;
     float* observed_lse = reinterpret_cast<float*>(static_cast<char*>(scratch(worker)) + parts_.lse_offset);
     float* lse_data = lse != nullptr ? static_cast<float*>(lse->At(t0, h0)) : nullptr;

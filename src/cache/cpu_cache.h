@@ -106,7 +106,8 @@ class CpuCache final : public Cache {
 
   // attend.cc
   bool AttendInParallel(int32_t layer, const Array& q, const Array& out, const Array* lse, Status* status) const;
-  Status PrefillBlock(int32_t layer, const Array& q, const Input& input, const Array& out, const Array* lse);
+  template <class Takes>
+  Status PrefillBlock(int32_t layer, const Queries& queries, const Input& input, const Takes& takes);
 
   CpuParts parts_;
   Threads threads_;

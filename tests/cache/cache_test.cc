@@ -216,6 +216,47 @@ TEST(Cache, PrefillIsExactWhileTheBudgetIsNotExceeded) {
   }
 }
 
+// Of query rows of KV head g: the largest difference.
+float Difference(const Config& c, const Output& a, const Output& b, int64_t g) {
+  float most = 0;
+  const int64_t group = c.query_heads / c.kv_heads;
+  for (size_t i = 0; i < a.out.size(); ++i)
+    if (static_cast<int64_t>(i) / c.value_dim % c.query_heads / group == g) most = std::max(most, std::abs(a.out[i] - b.out[i]));
+  return most;
+}
+
+TEST(Cache, ShortPromptsGetExactAttentionAndLeaveTheSameCache) {
+  Config c = SmallConfig();  // a budget of 64
+  for (const int32_t threads : {1, 3})
+    for (const int64_t n : {65, 130, 192, 193}) {
+      c.threads = threads;
+      const Stream s(c, n);
+      ExpressCache cache = Make(c), appended = Make(c);
+      const Output got = Prefill(cache, c, 0, s, 0, n);
+      if (n <= 192)
+        ExpectNear(got, Exact(c, s), 2e-5f);
+      else
+        EXPECT_GT(Difference(c, got, Exact(c, s), 0), 1e-2f);
+      ASSERT_OK(Append(appended, c, 0, s, 0, n));
+      EXPECT_TRUE(ExportAll(cache, c) == ExportAll(appended, c));
+    }
+  // Not where the layer holds something, and head by head.
+  const Stream s(c, 180);
+  ExpressCache cache = Make(c);
+  Output got = Prefill(cache, c, 0, s, 0, 16);
+  const Output rest = Prefill(cache, c, 0, s, 16, s.n);
+  got.out.insert(got.out.end(), rest.out.begin(), rest.out.end());
+  EXPECT_GT(Difference(c, got, Exact(c, s), 0), 1e-2f);
+  const std::vector<HeadSetting> settings = {{.budget = 64}, {.budget = 40}, {.budget = 64}, {.budget = 64}};
+  c.head_settings = settings;
+  ExpressCache uneven = Make(c), appended = Make(c);
+  got = Prefill(uneven, c, 0, s, 0, s.n);
+  EXPECT_LT(Difference(c, got, Exact(c, s), 0), 2e-5f);
+  EXPECT_GT(Difference(c, got, Exact(c, s), 1), 1e-2f);
+  ASSERT_OK(Append(appended, c, 0, s, 0, s.n));
+  EXPECT_TRUE(ExportAll(uneven, c) == ExportAll(appended, c));
+}
+
 TEST(Cache, PrefillInChunksOfWholeBlocksEqualsPrefillInOne) {
   const Config c = SmallConfig();  // blocks of 16
   const Stream s(c, 400);

@@ -252,7 +252,7 @@ class Cache:
     def _pieces(self, layer: int, n: int, progress: Progress) -> Iterator[tuple[int, int]]:
         """n tokens in pieces that end at absolute multiples of prefill_block, told to `progress` as each is done."""
         block = int(self._options.get("prefill_block", 0)) or PREFILL_BLOCK
-        piece = block * max(1, PIECE // block)
+        piece = block * -(-PIECE // block)  # no short prompt of its own (express_prefill): that would make a difference
         begin, offset = 0, int(self.stats(layer)["tokens"]) % block
         while True:
             end = min(n, begin + piece - (offset if begin == 0 else 0))
