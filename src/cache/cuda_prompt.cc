@@ -5,6 +5,7 @@
 #include <limits>
 #include <new>
 
+#include "src/cache/exact_prompt.h"
 #include "src/cache/message.h"
 
 namespace express::cache {
@@ -70,7 +71,7 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
   memory->admit_heads = arena.Take<cuda::AdmitHead>(2 * kv);
   memory->prefill_heads = arena.Take<cuda::PrefillHead>(2 * kv);
   memory->early_heads = arena.Take<cuda::PrefillHead>(kv);
-  memory->zeros = arena.Take<int32_t>(s.blocks);
+  memory->zeros = arena.Take<int32_t>(attention ? std::max(s.blocks, kExactTokens / c.prefill_block + 1) : s.blocks);
   memory->gather_heads = arena.Take<cuda::GatherHead>(kv);
   memory->stage_heads = arena.Take<cuda::GatherHead>(kv);
   for (int64_t parity = 0; parity < s.parities; ++parity) {
@@ -174,7 +175,7 @@ void PromptRun::Reserve() {
   StartRecording();
   blocks_.reserve(static_cast<size_t>(shape_.blocks));
   const int64_t most = cache_.MostBudget();
-  ints_.reserve(static_cast<size_t>(std::max(most, shape_.blocks)));
+  ints_.reserve(static_cast<size_t>(std::max({most, shape_.blocks, kExactTokens / 64 + 1})));
   more_ints_.reserve(static_cast<size_t>(most));
   ranks_.reserve(static_cast<size_t>(most));
   floats_.reserve(static_cast<size_t>(most));
@@ -265,14 +266,20 @@ int64_t PromptRun::SpanEnd(int64_t first) const {
 
 // ---- what is launched ----
 
-// Blocks at the beginning of a cache's first prompt, as long as it holds all tokens before them.
+bool PromptRun::IsExact(int32_t i) const {
+  return block_ > 0 && IsExactPrompt(cache_.config_, plan(i).plan.setting(), first_position_, input_.tokens);
+}
+
+// Blocks at the beginning of a cache's first prompt, as long as it holds all tokens before them; all of a short one.
 void PromptRun::CountEarly() {
   early_ = 0;
   if (block_ == 0 || !fresh()) return;
+  exact_ = true;
+  for (int32_t i = 0; i < plan_count(); ++i) exact_ = exact_ && IsExact(i);
   const auto holds_all = [&](int32_t block) {
     for (int32_t i = 0; i < plan_count(); ++i) {
       const plan::SpanSnapshot& snapshot = span_->snapshots(i)[static_cast<size_t>(block)];
-      if (snapshot.protected_count + snapshot.count < snapshot.departures) return false;
+      if (!exact_ && snapshot.protected_count + snapshot.count < snapshot.departures) return false;
     }
     return true;
   };
@@ -312,31 +319,45 @@ bool PromptRun::Selects() const {
   return false;
 }
 
-// Values of all nodes of the span, and its far lists.
-void PromptRun::Select() {
-  if (!Selects()) return;
-  const auto blocks = block_ > 0 ? static_cast<int32_t>(span_->snapshots(0).size()) : 0;
-  const int32_t first_block = spans_ == 0 ? early_ : 0;
-  int64_t most_nodes = 0, held = 0;
-  for (int32_t i = 0; i < plan_count(); ++i) {
-    most_nodes = std::max(most_nodes, span_->nodes(i));
-    held += begin_[static_cast<size_t>(i)].protected_count;
-  }
+// Streams of the cache's own, behind what has been described; one is enough for one span.
+void PromptRun::Fork(bool spans) {
+  side_ = graph_ = cache_.side_.stream;
+  uploader_.SetStream(side_);
+  Follow(cache_.stream_, cache_.side_.begun, side_);
+  if (!spans) return;
+  graph_ = cache_.side_.graph;
+  cudaStreamWaitEvent(graph_, cache_.side_.begun, 0);
+}
+
+// The protected entries of the span.
+void PromptRun::ChooseProtected() {
+  int64_t held = 0;
+  for (const Begin& begin : begin_) held += begin.protected_count;
   if (spans_ == 0 && held > 0)
     cuda::AdmitBegin(memory_.admit_heads, cache_.config_.kv_heads,
                      cache_.parts_.heads + layer_ * cache_.config_.kv_heads, side_);
-  const cuda::SpanArgs args = Arguments();
   for (int32_t i = 0; i < plan_count(); ++i) Admit(i);
+}
+
+void PromptRun::BeginGraph() {
+  int64_t most_nodes = 0;
+  for (int32_t i = 0; i < plan_count(); ++i) most_nodes = std::max(most_nodes, span_->nodes(i));
+  cuda::SpanBegin(Arguments(), memory_.departures, memory_.ticket, most_nodes, graph_);
+}
+
+// Values of all nodes of the span, and its far lists. `more`: spans follow.
+void PromptRun::RunGraph(bool more) {
+  const auto blocks = block_ > 0 ? static_cast<int32_t>(span_->snapshots(0).size()) : 0;
   Follow(side_, cache_.side_.admitted, graph_);
-  cuda::SpanBegin(args, memory_.departures, memory_.ticket, most_nodes, graph_);
+  if (spans_ > 0 || graph_ == side_) BeginGraph();
   // What is described next takes the place of the span before, whose graph has run, and of what has been read by now.
-  Follow(graph_, cache_.side_.begun, side_);
+  if (more) Follow(graph_, cache_.side_.begun, side_);
   // The attention of two spans ago has read the lists that are written now.
   if (blocks > 0 && spans_ >= 2) cudaStreamWaitEvent(graph_, cache_.side_.attended[spans_ % 2], 0);
-  cuda::SpanRun(args,
+  cuda::SpanRun(Arguments(),
                 {.items = memory_.graph[spans_ % shape_.parities].items,
                  .item_count = static_cast<int32_t>(span_->items().size()),
-                 .first_block = first_block,
+                 .first_block = exact_ ? blocks : spans_ == 0 ? early_ : 0,
                  .blocks = blocks,
                  .long_lists = span_->has_class(plan::Span::kClasses - 1),
                  .ticket = memory_.ticket},
@@ -365,7 +386,7 @@ void PromptRun::Admit(int32_t i) {
                .first_row = FirstRow(i),
                .first_position = first_position_,
                .snapshot_at = plan_memory_[static_cast<size_t>(i)].snapshot_at,
-               .snapshots = static_cast<int32_t>(span_->snapshots(i).size()),
+               .snapshots = exact_ ? 0 : static_cast<int32_t>(span_->snapshots(i).size()),
                .source_begin = std::min(old, begin.departures)},
               side_);
 }
@@ -405,19 +426,28 @@ void PromptRun::Attend(const cuda::PrefillHead* heads, int64_t first, int64_t to
                  .block_offset = static_cast<int32_t>(first_position_ % block_),
                  .first_block = position / block_ - base + first_block,
                  .blocks = blocks,
-                 .scale = static_cast<float>(c.scale)},
+                 .scale = static_cast<float>(c.scale),
+                 .last_first = heads == memory_.early_heads},
                 cache_.traits_.compute_capability, cache_.traits_.multiprocessors, cache_.stream_);
 }
 
+// Of the first span, or of the whole prompt.
+void PromptRun::AttendEarly(int64_t tokens) {
+  if (exact_)
+    Attend(memory_.early_heads, 0, input_.tokens, 0, (input_.tokens + block_ - 1) / block_);
+  else
+    Attend(memory_.early_heads, 0, tokens, 0, early_);
+}
+
 // What is left of the span's blocks, once its far lists are there.
-void PromptRun::AttendSpan(int64_t first, int64_t tokens) {
+void PromptRun::AttendSpan(int64_t first, int64_t tokens, bool more) {
   const auto blocks = static_cast<int64_t>(span_->snapshots(0).size());
-  const int64_t done = spans_ == 0 ? early_ : 0;
+  const int64_t done = exact_ ? blocks : spans_ == 0 ? early_ : 0;
   if (done < blocks) {
     Follow(graph_, cache_.side_.selected[spans_ % 2], cache_.stream_);
     Attend(memory_.prefill_heads + spans_ % 2 * cache_.config_.kv_heads, first, tokens, done, blocks - done);
   }
-  cudaEventRecord(cache_.side_.attended[spans_ % 2], cache_.stream_);
+  if (more) cudaEventRecord(cache_.side_.attended[spans_ % 2], cache_.stream_);
 }
 
 // `later` goes on only after all that `earlier` has now.
@@ -437,20 +467,18 @@ Status PromptRun::Run() {
       Describe();
       DescribeEarly();
     }
-    if (Selects()) DescribeSpan(first);
-    if (last == input_.tokens) FinishPlans(), DescribeStore();
+    const bool selects = Selects(), ends = last == input_.tokens;
+    if (selects) DescribeSpan(first);
+    if (ends) FinishPlans(), DescribeStore();
     uploader_.Flush();
-    if (first == 0 && block_ > 0) {
-      if (last < input_.tokens || Selects()) {  // it forks off behind the descriptions
-        side_ = graph_ = cache_.side_.stream;
-        if (last < input_.tokens) graph_ = cache_.side_.graph;
-        uploader_.SetStream(side_);
-        Follow(cache_.stream_, cache_.side_.begun, side_);
-      }
-      Attend(memory_.early_heads, first, tokens, 0, early_);
-    }
-    Select();
-    if (block_ > 0) AttendSpan(first, tokens);
+    if (first == 0 && block_ > 0 && (!ends || selects)) Fork(!ends);
+    // First what takes longest, one kernel after the other, most of which do not fill the device.
+    if (selects) ChooseProtected();
+    if (first == 0 && selects && graph_ != side_) BeginGraph();
+    if (first == 0 && block_ > 0) AttendEarly(tokens);
+    if (selects) RunGraph(!ends);
+    if (ends && fresh()) StoreRows();
+    if (block_ > 0) AttendSpan(first, tokens, !ends);
     for (int32_t i = 0; i < plan_count(); ++i) begin_[static_cast<size_t>(i)].departures += span_->departures(i);
     if (last < input_.tokens) {  // where the next span begins
       for (int32_t i = 0; i < plan_count(); ++i) {
@@ -466,6 +494,7 @@ Status PromptRun::Run() {
   }
   Store();
   Follow(graph_, cache_.side_.begun, cache_.stream_);
+  if (side_ != graph_) Follow(side_, cache_.side_.admitted, cache_.stream_);
   return cache_.Launched("prefill");
 }
 

@@ -7,7 +7,7 @@
 //
 // Three streams work side by side: on one, the protected entries of a span are chosen; on one, the graph of the span before runs;
 // on the caller's, the queries of the span before that attend. Queries that see all tokens before them, because the cache
-// has room for all, wait for no selection.
+// has room for all or the prompt is short (exact_prompt.h), wait for no selection: it is what they run beside.
 #ifndef EXPRESS_SRC_CACHE_CUDA_PROMPT_H_
 #define EXPRESS_SRC_CACHE_CUDA_PROMPT_H_
 
@@ -74,7 +74,7 @@ class PromptRun {
     cuda::AdmitHead* admit_heads;      // (2, kv_heads): by parity, by plan
     cuda::PrefillHead* prefill_heads;  // (2, kv_heads): by parity
     cuda::PrefillHead* early_heads;    // (kv_heads): for blocks that see all before them
-    int32_t* zeros;                    // (blocks)
+    int32_t* zeros;                    // (blocks of a launch)
     cuda::GatherHead* gather_heads;    // (kv_heads)
     cuda::GatherHead* stage_heads;     // (kv_heads)
     int32_t* ticket;
@@ -113,22 +113,30 @@ class PromptRun {
   void Describe();
   void DescribePlan(int32_t plan, int64_t parities);
   void DescribeHeads(int32_t parity);
+  cuda::PrefillHead EarlyHead(int64_t tail) const;
   void DescribeEarly();
   void DescribeSpan(int64_t first);
   void DescribeStore();
   void ListEntries(int32_t plan);
-  void DescribeCopies(int32_t kv_head, int32_t count, bool plain);
+  void DescribeCopies(int32_t kv_head, int32_t listed, int32_t rows);
 
   void CountEarly();
+  bool IsExact(int32_t plan) const;
   bool Selects() const;
-  void Select();
+  void Fork(bool spans);
+  void ChooseProtected();
+  void BeginGraph();
+  void RunGraph(bool more);
   void Admit(int32_t plan);
   void Attend(const cuda::PrefillHead* heads, int64_t first, int64_t tokens, int64_t first_block, int64_t blocks);
-  void AttendSpan(int64_t first, int64_t tokens);
+  void AttendEarly(int64_t tokens);
+  void AttendSpan(int64_t first, int64_t tokens, bool more);
   cuda::SpanArgs Arguments() const;
   void Follow(cudaStream_t earlier, cudaEvent_t event, cudaStream_t later) const;
   int64_t FirstRow(int32_t plan) const;
   bool fresh() const { return first_position_ == 0; }
+  cuda::GatherArgs Copies(const cuda::GatherHead* heads, int32_t most, bool rows) const;
+  void StoreRows();
   void Store();
 
   CudaCache& cache_;
@@ -152,6 +160,7 @@ class PromptRun {
   bool recorded_ = false, recording_ = false;  // the prompt is in host_->recording; is to be put there
   int64_t spans_ = 0;                          // done
   int32_t early_ = 0;                          // blocks of the first span that see all before them
+  bool exact_ = false;                         // all queries of all heads do, of all spans
   // Per plan: what the call began with, and departures so far.
   struct Begin {
     std::vector<int32_t> old_tail;  // slots, oldest first
@@ -164,8 +173,7 @@ class PromptRun {
   std::vector<cuda::PrefillHead> prefill_heads_;
   std::vector<cuda::SpanStoreHead> store_heads_;
   std::vector<cuda::GatherHead> stage_heads_, gather_heads_;
-  int32_t most_entries_ = 0;  // of one plan, that are to be stored
-  bool store_lists_ = false;  // what is stored depends on the selection
+  int32_t most_listed_ = 0, most_rows_ = 0;  // entries of one plan that the selection decides upon, and rows known before
   std::vector<cuda::SpanBlock> blocks_;
   std::vector<int32_t> ints_, more_ints_, ranks_;
   std::vector<float> floats_;

@@ -90,6 +90,10 @@ void PromptRun::DescribeHeads(int32_t parity) {
                            .protect = device.protect,
                            .plan = PlanOf(g),
                            .stream = device.stream});
+    if (IsExact(PlanOf(g))) {  // beside heads that are not
+      prefill_heads_.push_back(EarlyHead(input_.tokens));
+      continue;
+    }
     prefill_heads_.push_back({.slab_key = device.key,
                               .slab_value = device.value,
                               .far_index = m.far_index[parity],
@@ -104,26 +108,34 @@ void PromptRun::DescribeHeads(int32_t parity) {
   };
   send(memory_.admit_heads, admit_);
   send(memory_.span_heads, span_heads_);
-  if (block_ > 0) send(memory_.prefill_heads, prefill_heads_);
+  const bool all_early = exact_ || (spans_ == 0 && early_ == static_cast<int32_t>(span_->snapshots(0).size()) &&
+                                    SpanEnd(0) == input_.tokens);
+  if (block_ > 0 && !all_early) send(memory_.prefill_heads, prefill_heads_);
 }
 
-// Heads for the early blocks: no far lists, and the exact tail begins at row 0; sinks and all else are in it, in their place.
+// No far list, and the exact tail begins at row 0; sinks and all else are in it, in their place.
+cuda::PrefillHead PromptRun::EarlyHead(int64_t tail) const {
+  return {.slab_key = nullptr,
+          .slab_value = nullptr,
+          .far_index = nullptr,
+          .far_bias = nullptr,
+          .far_count = memory_.zeros,
+          .far_capacity = 0,
+          .sinks = 0,
+          .tail = static_cast<int32_t>(tail)};
+}
+
+// Heads for the early blocks, and for short prompts.
 void PromptRun::DescribeEarly() {
-  if (early_ == 0) return;
+  bool any = early_ > 0;
+  for (int32_t i = 0; i < plan_count(); ++i) any = any || IsExact(i);
+  if (!any) return;
   prefill_heads_.clear();
-  for (int32_t g = 0; g < cache_.config_.kv_heads; ++g) {
-    const plan::Setting& setting = plan(PlanOf(g)).plan.setting();
-    prefill_heads_.push_back({.slab_key = nullptr,
-                              .slab_value = nullptr,
-                              .far_index = nullptr,
-                              .far_bias = nullptr,
-                              .far_count = memory_.zeros,
-                              .far_capacity = 0,
-                              .sinks = 0,
-                              .tail = static_cast<int32_t>(setting.budget)});
-  }
+  for (int32_t g = 0; g < cache_.config_.kv_heads; ++g)
+    prefill_heads_.push_back(EarlyHead(exact_ ? input_.tokens : plan(PlanOf(g)).plan.setting().budget));
   uploader_.Add(memory_.early_heads, prefill_heads_.data(), prefill_heads_.size() * sizeof(prefill_heads_[0]));
-  ints_.assign(static_cast<size_t>(early_), 0);
+  const int64_t blocks = exact_ ? (input_.tokens + block_ - 1) / block_ : shape_.blocks;
+  ints_.assign(static_cast<size_t>(blocks), 0);
   uploader_.Add(memory_.zeros, ints_.data(), ints_.size() * sizeof(int32_t));
 }
 
@@ -136,7 +148,7 @@ void PromptRun::DescribeSpan(int64_t first) {
   send(graph.halves, span_->halves());
   send(graph.list, span_->list());
   send(graph.items, span_->items());
-  send(graph.members, span_->members());
+  if (!exact_) send(graph.members, span_->members());
   for (int32_t i = 0; i < plan_count(); ++i) {
     const PlanMemory& m = plan_memory_[static_cast<size_t>(i)];
     const plan::Setting& setting = plan(i).plan.setting();
@@ -158,8 +170,7 @@ void PromptRun::DescribeSpan(int64_t first) {
       ints_.push_back(snapshot.departures);
       position = block_ > 0 ? (position / block_ + 1) * block_ : position;
     }
-    send(m.blocks[parity], blocks_);
-    send(m.snapshot_at, ints_);
+    if (!exact_) send(m.blocks[parity], blocks_), send(m.snapshot_at, ints_);
     const cuda::SpanDepartures departures{.count = span_->departures(i),
                                           .source_begin = std::min(old, begin.departures),
                                           .sources = std::max<int64_t>(0, old - begin.departures),

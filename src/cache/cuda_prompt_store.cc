@@ -46,28 +46,30 @@ void PromptRun::ListEntries(int32_t i) {
   }
   uploader_.Add(m.code, ints_.data(), ints_.size() * sizeof(int32_t));
   uploader_.Add(m.to, more_ints_.data(), more_ints_.size() * sizeof(int32_t));
-  uploader_.Add(m.weights, floats_.data(), floats_.size() * sizeof(float));
+  if (output_ != nullptr) uploader_.Add(m.weights, floats_.data(), floats_.size() * sizeof(float));
+  // A fresh cache's rows go where they go whatever is selected: their copies are not listed.
+  const auto count = static_cast<int32_t>(ints_.size()), protects = static_cast<int32_t>(p.protected_count());
+  const int32_t listed = fresh() ? node_count + protects : count;
   const cuda::SpanStorePlan store{.code = m.code,
                                   .to = m.to,
                                   .nodes = node_count,
-                                  .protects = static_cast<int32_t>(p.protected_count()),
-                                  .count = static_cast<int32_t>(ints_.size()),
+                                  .protects = protects,
+                                  .count = listed,
                                   .protected_before = static_cast<int32_t>(before)};
   uploader_.Add(memory_.store_plans + i, &store, sizeof(store));
-  // Without nodes and protected entries a fresh cache holds rows alone, and it is known here which.
-  const bool plain = fresh() && node_count == 0 && store.protects == 0;
-  store_lists_ |= !plain;
+  most_listed_ = std::max(most_listed_, listed);
+  most_rows_ = std::max(most_rows_, count - listed);
   const PlanState& state = plan(i);
   for (int32_t h = 0; h < state.head_count; ++h) {
     const int32_t kv_head = cache_.plans_.plan_heads[state.first_head + h] % cache_.config_.kv_heads;
     const cuda::Head& device = head(kv_head);
     if (output_ == nullptr && device.leader != 0)
       uploader_.Add(device.log_weight, floats_.data(), floats_.size() * sizeof(float));
-    DescribeCopies(kv_head, store.count, plain);
+    DescribeCopies(kv_head, listed, count - listed);
   }
 }
 
-void PromptRun::DescribeCopies(int32_t g, int32_t count, bool plain) {
+void PromptRun::DescribeCopies(int32_t g, int32_t listed, int32_t rows) {
   const HeadMemory& m = head_memory_[static_cast<size_t>(g)];
   const PlanMemory& of_plan = plan_memory_[static_cast<size_t>(PlanOf(g))];
   const cuda::Head& device = head(g);
@@ -76,7 +78,7 @@ void PromptRun::DescribeCopies(int32_t g, int32_t count, bool plain) {
                                           .protected_index = m.protected_index,
                                           .protected_slot = in_place ? device.protected_slot : nullptr,
                                           .index = m.index,
-                                          .stage_index = in_place && !fresh() ? m.stage_index : nullptr,
+                                          .stage_index = m.stage_index,
                                           .to = m.to,
                                           .plan = PlanOf(g)};
   cuda::GatherHead& stage = stage_heads_[static_cast<size_t>(g)];
@@ -90,15 +92,18 @@ void PromptRun::DescribeCopies(int32_t g, int32_t count, bool plain) {
            .index = m.stage_index,
            .to = nullptr,
            .weights = nullptr,
-           .count = count,
+           .count = listed,
            .kv_head = g};
   cuda::GatherHead& gather = gather_heads_[static_cast<size_t>(g)];
   gather = stage;
   gather.slab_key = m.stage_key;
   gather.slab_value = m.stage_value;
   gather.slab_position = m.stage_position;
-  gather.index = plain ? of_plan.code : m.index;
-  gather.to = plain ? of_plan.to : m.to;
+  gather.index = m.index;
+  gather.to = m.to;
+  gather.row_index = of_plan.code + listed;
+  gather.row_to = of_plan.to + listed;
+  gather.rows = rows;
   gather.key = device.key;
   gather.value = device.value;
   gather.position = device.position;
@@ -112,24 +117,19 @@ void PromptRun::DescribeCopies(int32_t g, int32_t count, bool plain) {
 
 // Every entry to its slot, or to the caller's output: the lists.
 void PromptRun::DescribeStore() {
-  for (int32_t i = 0; i < plan_count(); ++i) {
-    ListEntries(i);
-    most_entries_ = std::max(most_entries_, static_cast<int32_t>(ints_.size()));
-  }
+  for (int32_t i = 0; i < plan_count(); ++i) ListEntries(i);
   const auto send = [&](auto* to, const auto& from) { uploader_.Add(to, from.data(), from.size() * sizeof(from[0])); };
-  if (store_lists_) send(memory_.store_heads, store_heads_);
+  if (most_listed_ > 0) send(memory_.store_heads, store_heads_);
   if (output_ == nullptr && !fresh()) send(memory_.stage_heads, stage_heads_);
   send(memory_.gather_heads, gather_heads_);
 }
 
-// And the copies.
-void PromptRun::Store() {
+// Of the listed entries, or of rows.
+cuda::GatherArgs PromptRun::Copies(const cuda::GatherHead* heads, int32_t most, bool rows) const {
   const Config& c = cache_.config_;
-  if (most_entries_ == 0) return;
-  if (store_lists_) cuda::SpanStore(memory_.store_plans, memory_.store_heads, c.kv_heads, most_entries_, graph_);
-  cuda::GatherArgs args{.heads = memory_.stage_heads,
+  cuda::GatherArgs args{.heads = heads,
                         .head_count = c.kv_heads,
-                        .most_count = most_entries_,
+                        .most_count = most,
                         .key_dim = c.key_dim,
                         .value_dim = c.value_dim,
                         .dtype = c.dtype,
@@ -141,18 +141,32 @@ void PromptRun::Store() {
                         .log_weight_stride = 1,
                         .k = k_,
                         .v = v_,
-                        .first_position = first_position_};
-  if (output_ == nullptr && !fresh()) cuda::Gather(args, graph_);
-  args.heads = memory_.gather_heads;
-  if (output_ != nullptr) {
-    args.key_dtype = output_->k.dtype;
-    args.value_dtype = output_->v.dtype;
-    args.key_stride = output_->k.stride[1];
-    args.value_stride = output_->v.stride[1];
-    args.position_stride = output_->position != nullptr ? output_->position->stride[1] : 0;
-    args.log_weight_stride = output_->log_weight.stride[1];
-  }
-  cuda::Gather(args, graph_);
+                        .first_position = first_position_,
+                        .rows = rows};
+  if (output_ == nullptr || heads == memory_.stage_heads) return args;
+  args.key_dtype = output_->k.dtype;
+  args.value_dtype = output_->v.dtype;
+  args.key_stride = output_->k.stride[1];
+  args.value_stride = output_->v.stride[1];
+  args.position_stride = output_->position != nullptr ? output_->position->stride[1] : 0;
+  args.log_weight_stride = output_->log_weight.stride[1];
+  return args;
+}
+
+// The copies that wait for nothing: behind the attention of the only span, or beside the graph of the last one.
+void PromptRun::StoreRows() {
+  cuda::Gather(Copies(memory_.gather_heads, most_rows_, true), spans_ == 0 ? cache_.stream_ : side_);
+}
+
+// And those that the selection decides upon.
+void PromptRun::Store() {
+  if (most_listed_ == 0) return;
+  const cuda::GatherArgs copies = Copies(memory_.gather_heads, most_listed_, false);
+  if (output_ != nullptr || fresh())
+    return cuda::SpanStoreCopies(memory_.store_plans, memory_.store_heads, copies, graph_);
+  cuda::SpanStore(memory_.store_plans, memory_.store_heads, cache_.config_.kv_heads, most_listed_, graph_);
+  cuda::Gather(Copies(memory_.stage_heads, most_listed_, false), graph_);
+  cuda::Gather(copies, graph_);
 }
 
 }  // namespace express::cache

@@ -171,8 +171,8 @@ class Uploader {
   void Flush();
 
  private:
-  static constexpr int32_t kSegments = 256;
-  static constexpr int32_t kWords = 6 * 1024;
+  static constexpr int32_t kSegments = 128;
+  static constexpr int32_t kWords = 7600;  // with the segments, what arguments of a kernel can be
   template <int32_t kMost, int32_t kPieces>
   void Send();
 
@@ -301,21 +301,21 @@ void SpanBegin(const SpanArgs& args, const SpanDepartures* departures, int32_t* 
                cudaStream_t stream);
 
 // Work of one block of threads, for one head: operations [begin, begin + count) of one kind, none of which depends on another
-// of them. Kinds below kSpanSample are classes of halvings: lists of up to kSpanClasses[kind] entries, 3: more.
+// of them. Kinds below kSpanSample are classes of halvings: lists of up to kSpanClasses[kind] entries, 4: more.
 struct SpanItem {
   int32_t begin;
   int16_t kind, count;
 };
-inline constexpr int32_t kSpanClasses[3] = {2, 16, 64};
-inline constexpr int16_t kSpanSample = 4;
-inline constexpr int16_t kSpanTogether[5] = {128, 4, 1, 1, 4};  // of each kind at most, in one item
+inline constexpr int32_t kSpanClasses[4] = {2, 4, 16, 64};
+inline constexpr int16_t kSpanSample = 5;
+inline constexpr int16_t kSpanTogether[6] = {128, 16, 4, 1, 1, 4};  // of each kind at most, in one item
 // All operations of a span, and then the far lists of prompt blocks [first_block, blocks), the first of them as list 0; in one
 // launch: whoever needs a value waits for it. An operation stands behind those that it depends on.
 struct SpanGraph {
   const SpanItem* items;  // (item_count), device memory
   int32_t item_count;
   int32_t first_block, blocks;
-  bool long_lists;  // there are some of class 3
+  bool long_lists;  // there are some of class 4
   int32_t* ticket;  // device memory
 };
 void SpanRun(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream);
@@ -335,12 +335,16 @@ struct SpanStoreHead {  // device memory
   const int32_t* protected_index;
   int32_t* protected_slot;  // of the cache's head, brought up to date; null: copies go elsewhere, all of them to to[i]
   int32_t* index;
-  int32_t* stage_index;  // null: copies go elsewhere
+  int32_t* stage_index;
   int32_t* to;
   int32_t plan;
 };
 void SpanStore(const SpanStorePlan* plans, const SpanStoreHead* heads, int32_t kv_heads, int32_t most_count,
                cudaStream_t stream);
+struct GatherArgs;
+// The same and the copies, where no entry is overwritten before it is copied: no list is made of them.
+void SpanStoreCopies(const SpanStorePlan* plans, const SpanStoreHead* heads, const GatherArgs& copies,
+                     cudaStream_t stream);
 
 // Copies of entries: row to[i] of head h takes entry index[i] (as in PrefillHead); kSkip leaves the row as it is.
 struct GatherHead {  // device memory
@@ -355,7 +359,10 @@ struct GatherHead {  // device memory
   const int32_t* to;     // (count), or null: row i
   const float* weights;  // (rows): log weights of the copies, or null
   int32_t count;
-  int32_t kv_head;  // of k and v
+  int32_t kv_head;           // of k and v
+  const int32_t* row_index = nullptr;  // (rows): copies of rows, known before the others
+  const int32_t* row_to = nullptr;     // (rows)
+  int32_t rows = 0;
 };
 inline constexpr int32_t kSkip = INT32_MAX;
 struct GatherArgs {
@@ -367,6 +374,7 @@ struct GatherArgs {
   int64_t position_stride, log_weight_stride;
   Rows k, v;  // where index >= 0 points
   int64_t first_position;
+  bool rows = false;  // those of row_index, not of index
 };
 void Gather(const GatherArgs& args, cudaStream_t stream);
 // The same for one head, described here: args.heads is not used.
@@ -401,6 +409,7 @@ struct PrefillArgs {
   int32_t block, block_offset;  // block_offset: first_position % block
   int64_t first_block, blocks;
   float scale;
+  bool last_first = false;  // the order of work: last queries, which see most, first
 };
 bool PrefillSupported(int32_t key_dim, int32_t value_dim);
 void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multiprocessors, cudaStream_t stream);

@@ -528,7 +528,7 @@ class Consumer {
   const int warp_ = static_cast<int>(threadIdx.x) % kWarpgroup / kWarp, lane_ = static_cast<int>(threadIdx.x) % kWarp;
 };
 
-// Block b has jobs [b * each, (b + 1) * each) of KV head y.
+// Block b has jobs [b * each, (b + 1) * each) of KV head y; or all heads' last jobs come first.
 template <class T, int kDim>
 __global__ __launch_bounds__(kThreads, 1) void PrefillKernel(const __grid_constant__ PrefillArgs args, int32_t each) {
   extern __shared__ char shared[];
@@ -540,8 +540,13 @@ __global__ __launch_bounds__(kThreads, 1) void PrefillKernel(const __grid_consta
     FenceForProducts();
   }
   __syncthreads();
-  const auto kv_head = static_cast<int32_t>(blockIdx.y);
-  const auto begin = static_cast<int32_t>(blockIdx.x) * each;
+  auto kv_head = static_cast<int32_t>(blockIdx.y), piece = static_cast<int32_t>(blockIdx.x);
+  if (args.last_first) {
+    const int32_t at = kv_head * static_cast<int32_t>(gridDim.x) + piece;
+    kv_head = at % args.kv_heads;
+    piece = static_cast<int32_t>(gridDim.x) - 1 - at / args.kv_heads;
+  }
+  const int32_t begin = piece * each;
   const int32_t end = min(begin + each, static_cast<int32_t>(PrefillJobs(args, kRows)));
   const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (group == kConsumers) {

@@ -4,6 +4,7 @@
 
 #include "src/cuda/device.cuh"
 #include "src/cuda/halve.cuh"
+#include "src/cuda/halve_fours.cuh"
 #include "src/cuda/kernels.h"
 
 namespace express::cuda {
@@ -13,7 +14,8 @@ __host__ __device__ size_t SpanScratch(int64_t list) { return static_cast<size_t
 namespace {
 
 constexpr int kThreads = 128;
-static_assert(kSpanClasses[1] == kWarpList && kSpanClasses[2] == 2 * halve::kMostPairs);
+static_assert(kSpanClasses[1] == kFourEntries && kSpanClasses[2] == kWarpList &&
+              kSpanClasses[3] == 2 * halve::kMostPairs);
 
 // The y-th head of a plan, or null: plans have different numbers of heads. One that is alone has them all.
 __device__ __forceinline__ const SpanHead* HeadOf(const SpanArgs& args, int32_t plan, int32_t y) {
@@ -103,13 +105,14 @@ struct EntryRows {
 // What one block of threads does, item after item. Item kinds in which an operation is a warp's or a thread's have nothing that
 // concerns the whole block.
 constexpr int kGraphWarps = kThreads / kWarp;
-static_assert(kSpanTogether[0] == kThreads && kSpanTogether[1] == kGraphWarps && kSpanTogether[4] == kGraphWarps);
+static_assert(kSpanTogether[0] == kThreads && kSpanTogether[1] == kGraphWarps * kFours &&
+              kSpanTogether[2] == kGraphWarps && kSpanTogether[5] == kGraphWarps);
 struct GraphMemory {  // shared
   int32_t ticket;
-  int32_t entries[kSpanClasses[2]];  // of the list, or kWarpList of every warp's
-  uint8_t keep[kSpanClasses[2] / 2];
+  int32_t entries[kSpanClasses[3]];  // of the list, or kWarpList of every warp's
+  uint8_t keep[kSpanClasses[3] / 2];
 };
-static_assert(kSpanClasses[2] == kGraphWarps * kWarpList);
+static_assert(kSpanClasses[3] == kGraphWarps * kWarpList);
 
 template <class T, bool kLong>
 struct GraphWorker {
@@ -139,7 +142,34 @@ struct GraphWorker {
     StoreValue(head.values + op.out, AwaitValue(head.values + args.list[op.begin + (y != complement ? 1 : 0)]));
   }
 
-  // One warp: most lists are short, and there are very many of them.
+  // One warp: nearly all lists have four entries, and there are very many of them.
+  __device__ void HalveFour(const SpanHalve* ops, int32_t count, int32_t y) const {
+    const SpanHead* head = HeadOf(args, ops->plan, y);
+    if (ops->plan == ops[count - 1].plan && (head == nullptr || HalveTogether(ops, count, *head))) return;
+    for (int32_t i = 0; i < count; ++i) {  // of several plans, or in need of care
+      if (const SpanHead* own = HeadOf(args, ops[i].plan, y)) HalveSmall(ops[i], *own);
+      __syncwarp();
+    }
+  }
+  __device__ __forceinline__ bool HalveTogether(const SpanHalve* ops, int32_t count, const SpanHead& head) const {
+    int32_t* entries = memory.entries + warp * kWarpList;
+    const int32_t of = min(lane % kWarpList / kFourEntries, count - 1);
+    if (lane < kWarpList) entries[lane] = AwaitValue(head.values + args.list[ops[of].begin + lane % kFourEntries]);
+    __syncwarp();
+    const EntryRows<T> rows{args, head, entries, static_cast<int32_t>(&head - args.heads)};
+    const int32_t list = lane % 8 / 2;
+    const SpanHalve& op = ops[min(list, count - 1)];
+    bool done = false;
+    const bool keep_y = HalveFours<T>(rows, args.key_dim, args.value_dim, args.halve, head.stream,
+                                      static_cast<uint64_t>(op.number),
+                                      shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), done);
+    if (done && lane < 2 * count)
+      StoreValue(head.values + op.out + lane % 2, entries[list * kFourEntries + lane % 2 * 2 + (keep_y ? 1 : 0)]);
+    __syncwarp();
+    return done;
+  }
+
+  // One warp.
   __device__ void HalveSmall(const SpanHalve& op, const SpanHead& head) const {
     int32_t* entries = memory.entries + warp * kWarpList;
     uint8_t* keep = memory.keep + warp * (kWarpList / 2);
@@ -158,7 +188,7 @@ struct GraphWorker {
       memory.entries[i] = AwaitValue(head.values + args.list[op.begin + i]);
     __syncthreads();
     const EntryRows<T> rows{args, head, memory.entries, static_cast<int32_t>(&head - args.heads)};
-    HalveList<T, kThreads, kSpanClasses[2]>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
+    HalveList<T, kThreads, kSpanClasses[3]>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
                                             static_cast<uint64_t>(op.number), nullptr, shared, memory.keep);
     for (int32_t a = thread; a < op.count / 2; a += kThreads)
       StoreValue(head.values + op.out + a, memory.entries[2 * a + (memory.keep[a] != 0 ? 1 : 0)]);
@@ -184,16 +214,17 @@ struct GraphWorker {
       if (const SpanHead* head = HeadOf(args, op.plan, y)) Sample(op, *head);
       return;
     }
-    const int32_t own = item.kind == 0 ? thread : item.kind == 1 ? warp : 0;
+    const int32_t own = item.kind == 0 ? thread : item.kind == 1 ? warp * kFours : item.kind == 2 ? warp : 0;
     if (own >= item.count) return;
     const SpanHalve& op = args.halves[item.begin + own];
+    if (item.kind == 1) return HalveFour(&op, min(kFours, item.count - own), y);
     const SpanHead* head = HeadOf(args, op.plan, y);
     if (head == nullptr) return;
     if (item.kind == 0)
       Coin(op, *head);
-    else if (item.kind == 1)
-      HalveSmall(op, *head);
     else if (item.kind == 2)
+      HalveSmall(op, *head);
+    else if (item.kind == 3)
       Halve(op, *head);
     else if constexpr (kLong)
       HalveLong(op, *head);
@@ -250,23 +281,32 @@ __global__ __launch_bounds__(kThreads, kLong ? 2 : 4) void GraphKernel(const __g
   }
 }
 
-__global__ void StoreKernel(const SpanStorePlan* plans, const SpanStoreHead* heads) {
-  const SpanStoreHead& head = heads[blockIdx.y];
-  const SpanStorePlan& plan = plans[head.plan];
-  const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
-  if (i >= plan.count) return;
+// Task i of a plan, for one head: which entry goes to which row.
+struct StoreTask {
+  int32_t entry, to;
+};
+__device__ __forceinline__ StoreTask FindTask(const SpanStorePlan& plan, const SpanStoreHead& head, int32_t i,
+                                              bool writes) {
   const int32_t code = plan.code[i];
   const bool is_protected = i >= plan.nodes && i < plan.nodes + plan.protects;
   const int32_t entry = i < plan.nodes ? head.values[code] : is_protected ? head.protected_index[code] : code;
   const bool in_place = head.protected_slot != nullptr;
   const bool known = is_protected && in_place && code < plan.protected_before;
   const int32_t to = known ? head.protected_slot[code] : plan.to[i];
-  if (is_protected && in_place && !known) head.protected_slot[code] = to;
-  const bool stays = head.stage_index != nullptr && entry == -1 - to;
-  const bool moves = head.stage_index != nullptr && entry < 0 && !stays;
-  if (head.stage_index != nullptr) head.stage_index[i] = moves ? entry : kSkip;
-  head.index[i] = stays ? kSkip : moves ? -1 - i : entry;
-  head.to[i] = to;
+  if (writes && is_protected && in_place && !known) head.protected_slot[code] = to;
+  return {entry, to};
+}
+
+__global__ void StoreKernel(const SpanStorePlan* plans, const SpanStoreHead* heads) {
+  const SpanStoreHead& head = heads[blockIdx.y];
+  const SpanStorePlan& plan = plans[head.plan];
+  const auto i = static_cast<int32_t>(blockIdx.x * blockDim.x + threadIdx.x);
+  if (i >= plan.count) return;
+  const StoreTask task = FindTask(plan, head, i, true);
+  const bool stays = task.entry == -1 - task.to, moves = task.entry < 0 && !stays;
+  head.stage_index[i] = moves ? task.entry : kSkip;
+  head.index[i] = stays ? kSkip : moves ? -1 - i : task.entry;
+  head.to[i] = task.to;
 }
 
 template <class From, class To>
@@ -293,13 +333,10 @@ __device__ void CopyRowTo(const From* from, void* to, DType dtype, int64_t eleme
 }
 
 // One warp per (entry, head).
+__device__ __forceinline__ int64_t EntryOfWarp() { return (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp; }
+
 template <class T>
-__device__ __forceinline__ void GatherEntry(const GatherArgs& args, const GatherHead& head) {
-  const int64_t i = (int64_t{blockIdx.x} * blockDim.x + threadIdx.x) / kWarp;
-  if (i >= head.count) return;
-  const int32_t index = head.index[i];
-  if (index == kSkip) return;
-  const int64_t to = head.to != nullptr ? head.to[i] : i;
+__device__ __forceinline__ void CopyEntry(const GatherArgs& args, const GatherHead& head, int32_t index, int64_t to) {
   const auto lane = static_cast<int>(threadIdx.x % kWarp);
   CopyRowTo(EntryRow<T>(args.k, head.kv_head, head.slab_key, args.key_dim, index), head.key, args.key_dtype,
             to * args.key_stride, args.key_dim, lane);
@@ -309,6 +346,25 @@ __device__ __forceinline__ void GatherEntry(const GatherArgs& args, const Gather
   if (head.position != nullptr)
     head.position[to * args.position_stride] = index < 0 ? head.slab_position[-1 - index] : args.first_position + index;
   if (head.log_weight != nullptr) head.log_weight[to * args.log_weight_stride] = head.weights[to];
+}
+template <class T>
+__device__ __forceinline__ void GatherEntry(const GatherArgs& args, const GatherHead& head) {
+  const int64_t i = EntryOfWarp();
+  if (i >= (args.rows ? head.rows : head.count)) return;
+  const int32_t index = (args.rows ? head.row_index : head.index)[i];
+  if (index == kSkip) return;
+  const int32_t* places = args.rows ? head.row_to : head.to;
+  CopyEntry<T>(args, head, index, places != nullptr ? places[i] : i);
+}
+template <class T>
+__global__ void StoreCopiesKernel(const SpanStorePlan* plans, const SpanStoreHead* heads,
+                                  const __grid_constant__ GatherArgs args) {
+  const SpanStoreHead& head = heads[blockIdx.y];
+  const SpanStorePlan& plan = plans[head.plan];
+  const int64_t i = EntryOfWarp();
+  if (i >= plan.count) return;
+  const StoreTask task = FindTask(plan, head, static_cast<int32_t>(i), threadIdx.x % kWarp == 0);
+  CopyEntry<T>(args, args.heads[blockIdx.y], task.entry, task.to);
 }
 template <class T>
 __global__ void GatherKernel(const __grid_constant__ GatherArgs args) {
@@ -339,7 +395,7 @@ namespace {
 
 template <class T, bool kLong>
 void RunGraph(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream) {
-  const int32_t longest = kLong ? INT32_MAX : kSpanClasses[2];
+  const int32_t longest = kLong ? INT32_MAX : kSpanClasses[3];
   const size_t shared =
       std::max(kGraphWarps * HalveWarpBytes(args.key_dim), HalveSharedBytes<T>(args.key_dim, args.value_dim, longest));
   const int64_t tickets =
@@ -357,6 +413,15 @@ void SpanRun(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocesso
       RunGraph<T, true>(args, graph, multiprocessors, stream);
     else
       RunGraph<T, false>(args, graph, multiprocessors, stream);
+  });
+}
+
+void SpanStoreCopies(const SpanStorePlan* plans, const SpanStoreHead* heads, const GatherArgs& copies,
+                     cudaStream_t stream) {
+  const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{copies.most_count} * kWarp, 256)),
+                  static_cast<uint32_t>(copies.head_count));
+  WithType(copies.dtype, [&](auto type) {
+    StoreCopiesKernel<decltype(type)><<<grid, 256, 0, stream>>>(plans, heads, copies);
   });
 }
 

@@ -75,7 +75,7 @@ class Span {
   void Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Operations& operations);
   // Once every plan is recorded: orders samples by depth, and halvings by depth and then by the class of their length: class c
   // has lists longer than bounds[c - 1] and up to bounds[c]. Then makes items of up to together[kind] operations.
-  static constexpr int32_t kClasses = 4;
+  static constexpr int32_t kClasses = 5;
   void Finish(const int32_t (&bounds)[kClasses - 1], const int16_t (&together)[kClasses + 1]);
 
   int32_t depths() const { return depths_; }  // depths are 1 .. depths

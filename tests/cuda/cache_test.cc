@@ -162,9 +162,14 @@ TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
   std::mt19937 rng(3);
   int same = 0, all = 0;
   for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
-    for (int variant = 0; variant < 6; ++variant) {
+    for (int variant = 0; variant < 7; ++variant) {
       Config c = Variant(variant, dtype);
       if (variant == 5) c.key_dim = c.value_dim = 128, c.prefill_block = 256;
+      // Of prompts and of first chunks, some are short for all heads, some for no head, here some for one head only.
+      const std::vector<HeadSetting> settings(static_cast<size_t>(c.layers * c.kv_heads / 2), {.budget = 300});
+      std::vector<HeadSetting> uneven;
+      for (const HeadSetting& setting : settings) uneven.insert(uneven.end(), {setting, {.budget = 900}});
+      if (variant == 6) c.head_settings = uneven;
       Pair pair(c, stream_);
       const int64_t tokens = 3000;
       Mirror k({tokens, c.kv_heads, c.key_dim}, dtype), v({tokens, c.kv_heads, c.value_dim}, dtype);
@@ -176,8 +181,11 @@ TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
         out.Poison();
         lse.Poison();
         std::vector<int64_t> cuts{0};
-        while (cuts.back() < tokens)
-          cuts.push_back(std::min<int64_t>(tokens, cuts.back() + (layer == 0 ? 1 + rng() % 1500 : tokens)));
+        const int64_t first = variant == 6 ? 2000 : 2 * c.budget + 37;
+        while (cuts.back() < tokens) {
+          const int64_t n = layer == 0 ? static_cast<int64_t>(1 + rng() % 1500) : cuts.size() == 1 ? first : tokens;
+          cuts.push_back(std::min<int64_t>(tokens, cuts.back() + n));
+        }
         for (size_t i = 0; i + 1 < cuts.size(); ++i) {
           const int64_t at = cuts[i], n = cuts[i + 1] - at;
           ASSERT_OK(

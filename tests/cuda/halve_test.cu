@@ -18,6 +18,7 @@
 
 #include "src/cpu/reference.h"
 #include "src/cuda/halve.cuh"
+#include "src/cuda/halve_fours.cuh"
 
 namespace express::cuda {
 namespace {
@@ -26,7 +27,7 @@ constexpr double kNearTie = 5e-6;  // Decision::margin below which f32 may diffe
 
 #define CHECK_CUDA(expression) ASSERT_EQ(expression, cudaSuccess) << cudaGetErrorString(cudaGetLastError())
 
-enum class Kind { kPlain, kHugeMean, kSmallMean, kEqual, kAllEqual, kZeroValues, kFar, kHuge, kTiny, kLongRow };
+enum class Kind { kPlain, kHugeMean, kSmallMean, kEqual, kAllEqual, kZeroValues, kFar, kHuge, kTiny, kLongRow, kCentred };
 
 struct ListCase {
   DType dtype;
@@ -84,6 +85,27 @@ __global__ void WarpKernel(const Job<T>* jobs, int count, size_t bytes) {
                               job.number, nullptr, shared + warp * bytes, job.keep);
 }
 
+// A warp for four lists of four entries, of one head. done: whether they were halved together.
+template <class T>
+struct FourRows {
+  const Job<T>* jobs;
+  int count;
+  __device__ const Job<T>& job(int32_t i) const { return jobs[min(i / kFourEntries, count - 1)]; }
+  __device__ const T* Key(int32_t i) const { return SlabRows<T>{job(i)}.Key(i % kFourEntries); }
+  __device__ const T* Value(int32_t i) const { return SlabRows<T>{job(i)}.Value(i % kFourEntries); }
+};
+template <class T>
+__global__ void FoursKernel(const Job<T>* jobs, int count, int32_t* together) {
+  extern __shared__ __align__(16) char shared[];
+  const FourRows<T> rows{jobs + kFours * blockIdx.x, min(kFours, count - kFours * static_cast<int>(blockIdx.x))};
+  const int lane = static_cast<int>(threadIdx.x), list = lane % 8 / 2;
+  const Job<T>& job = rows.job(list * kFourEntries);
+  bool done = false;
+  const bool keep = HalveFours<T>(rows, job.key_dim, job.value_dim, job.params, job.stream, job.number, shared, done);
+  if (done && lane < 2 * rows.count) job.keep[lane % 2] = keep ? 1 : 0;
+  if (lane == 0) together[blockIdx.x] = done;
+}
+
 // A list with structure (three directions, an offset common to all keys), in random slots of a larger slab whose other
 // slots are NaN.
 template <class T>
@@ -137,6 +159,7 @@ struct List {
     const auto dk = static_cast<size_t>(c.key_dim), dv = static_cast<size_t>(c.value_dim);
     std::vector<float> directions(3 * (dk + dv)), mean(dk, 1.5f);
     for (float& x : directions) x = normal(rng);
+    if (c.kind == Kind::kCentred) std::fill(mean.begin(), mean.end(), 0.0f);
     if (c.kind == Kind::kHugeMean || c.kind == Kind::kSmallMean)
       for (float& x : mean) x = (c.kind == Kind::kHugeMean ? 1000.0f : 12.0f) * normal(rng);
     const bool half = std::is_same_v<T, Half>;
@@ -336,6 +359,50 @@ TYPED_TEST(HalveTest, ChoosesAsTheReference) {
       lists.size(), differ, largest, wrong, ties, least, decided);
   EXPECT_LE(differ, static_cast<int>(lists.size()) / 20);
   EXPECT_GE(decided, 150);
+}
+
+// To the bit as a warp for each list; together wherever no list of the four needs another origin or scale.
+TYPED_TEST(HalveTest, FourListsOfFourChooseAsOneByOne) {
+  using T = TypeParam;
+  int groups = 0, all_together = 0;
+  for (const auto& [dk, dv] : {std::pair{64, 64}, {80, 80}, {96, 96}, {128, 128}, {192, 128}, {256, 256}})
+    for (const Kind odd : {Kind::kPlain, Kind::kEqual, Kind::kAllEqual, Kind::kZeroValues, Kind::kHuge, Kind::kTiny})
+      for (const float tau : {0.1f, 1.0f}) {
+        std::vector<List<T>> lists;
+        for (int i = 0; i < 39; ++i) {  // the last warp has three
+          const ListCase c{TestFixture::kDType, dk, dv, kFourEntries, 1, tau, i % 8 == 5 ? odd : Kind::kCentred};
+          lists.emplace_back(c, static_cast<uint32_t>(7000 + i + dk));
+          lists.back().stream = lists[0].stream;
+        }
+        std::vector<std::vector<uint8_t>> expected;
+        HalveAll<T, 32>(lists, expected);
+        if (this->HasFatalFailure()) return;
+        Memory memory;
+        std::vector<Job<T>> jobs;
+        for (const List<T>& l : lists)
+          jobs.push_back({memory.Take(l.key.size(), l.key.data()), memory.Take(l.value.size(), l.value.data()),
+                          memory.Take(l.slots.size(), l.slots.data()), l.c.count, l.c.key_dim, l.c.value_dim, Params(l.c),
+                          l.stream, l.number, nullptr, memory.Take<uint8_t>(2)});
+        const auto count = static_cast<int>(jobs.size()), warps = (count + kFours - 1) / kFours;
+        const Job<T>* list = memory.Take(jobs.size(), jobs.data());
+        int32_t* together = memory.Take<int32_t>(static_cast<size_t>(warps));
+        FoursKernel<T><<<static_cast<uint32_t>(warps), 32, HalveWarpBytes(dk)>>>(list, count, together);
+        CHECK_CUDA(cudaGetLastError());
+        CHECK_CUDA(cudaDeviceSynchronize());
+        std::vector<int32_t> done(static_cast<size_t>(warps));
+        CHECK_CUDA(cudaMemcpy(done.data(), together, done.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
+        for (int w = 0; w < warps; ++w) {
+          ++groups, all_together += done[static_cast<size_t>(w)];
+          if (w % 2 == 0) EXPECT_TRUE(done[static_cast<size_t>(w)]);  // without an odd one
+          for (int i = kFours * w; done[static_cast<size_t>(w)] && i < std::min(count, kFours * (w + 1)); ++i) {
+            std::vector<uint8_t> keep(2);
+            CHECK_CUDA(cudaMemcpy(keep.data(), jobs[static_cast<size_t>(i)].keep, 2, cudaMemcpyDeviceToHost));
+            EXPECT_EQ(keep, expected[static_cast<size_t>(i)]) << "list " << i << " of " << lists[static_cast<size_t>(i)].c;
+          }
+        }
+      }
+  std::printf("%d of %d groups of four lists were halved together\n", all_together, groups);
+  EXPECT_LT(all_together, groups);
 }
 
 }  // namespace

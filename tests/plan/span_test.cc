@@ -242,9 +242,9 @@ class Layer {
       span_.Record(h->plan, h->spanned.plan(), tokens, block, h->spanned.out());
     }
     ASSERT_EQ(room(span_.samples(), span_.halves(), span_.list(), span_.members(), span_.joins()), before);
-    constexpr int32_t kBounds[][Span::kClasses - 1] = {{2, 16, 64}, {2, 4, 8}, {3, 5, 32}};
+    constexpr int32_t kBounds[][Span::kClasses - 1] = {{2, 4, 16, 64}, {2, 4, 8, 16}, {3, 5, 7, 32}};
     const auto& bounds = kBounds[Below(3)];
-    constexpr int16_t kTogether[][Span::kClasses + 1] = {{128, 4, 1, 1, 4}, {1, 1, 1, 1, 1}, {3, 2, 7, 2, 5}};
+    constexpr int16_t kTogether[][Span::kClasses + 1] = {{128, 16, 4, 1, 1, 4}, {1, 1, 1, 1, 1, 1}, {3, 2, 7, 2, 5, 4}};
     const auto& together = kTogether[Below(3)];
     span_.Finish(bounds, together);
     ASSERT_NO_FATAL_FAILURE(CheckItems(together));
