@@ -246,8 +246,8 @@ std::vector<Way> Ways(bool all, bool clusters) {
   return ways;
 }
 
-void Measure(Pool& pool, cudaStream_t stream, const std::vector<Way>& ways, double read, int32_t batch,
-             int32_t entries, bool apart) {
+void Measure(Pool& pool, cudaStream_t stream, const std::vector<Way>& ways, double read, int32_t batch, int32_t entries,
+             bool apart) {
   const int64_t bytes = int64_t{batch} * kKvHeads * entries * (4 * kDim + 4);
   if (bytes > int64_t{5} << 30) return;
   const auto layers = static_cast<int32_t>(std::clamp<int64_t>((int64_t{600} << 20) / bytes, 2, 64));
@@ -300,7 +300,8 @@ int main(int count, char** arguments) {
     std::printf("batch entries   MB");
     for (const Way& way : ways) std::printf(" %11s", way.name.c_str());
     std::printf("\n");
-    for (const int32_t entries : {512, 1024, 2048, 4096, 8192}) Measure(pool, stream, ways, read, batch, entries, apart);
+    for (const int32_t entries : {512, 1024, 2048, 4096, 8192})
+      Measure(pool, stream, ways, read, batch, entries, apart);
   }
   return 0;
 }

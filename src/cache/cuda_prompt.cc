@@ -357,7 +357,9 @@ void PromptRun::RunGraph(bool more) {
   cuda::SpanRun(Arguments(),
                 {.items = memory_.graph[spans_ % shape_.parities].items,
                  .item_count = static_cast<int32_t>(span_->items().size()),
-                 .first_block = exact_ ? blocks : spans_ == 0 ? early_ : 0,
+                 .first_block = exact_        ? blocks
+                                : spans_ == 0 ? early_
+                                              : 0,
                  .blocks = blocks,
                  .long_lists = span_->has_class(plan::Span::kClasses - 1),
                  .ticket = memory_.ticket},

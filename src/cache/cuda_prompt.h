@@ -173,7 +173,8 @@ class PromptRun {
   std::vector<cuda::PrefillHead> prefill_heads_;
   std::vector<cuda::SpanStoreHead> store_heads_;
   std::vector<cuda::GatherHead> stage_heads_, gather_heads_;
-  int32_t most_listed_ = 0, most_rows_ = 0;  // entries of one plan that the selection decides upon, and rows known before
+  int32_t most_listed_ = 0,
+          most_rows_ = 0;  // entries of one plan that the selection decides upon, and rows known before
   std::vector<cuda::SpanBlock> blocks_;
   std::vector<int32_t> ints_, more_ints_, ranks_;
   std::vector<float> floats_;

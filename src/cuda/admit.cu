@@ -18,7 +18,7 @@ constexpr int kThreads = 256;
 constexpr int kSummers = 128;                   // threads that sum, by dimension; the others score, by key
 constexpr int kMostTile = kThreads - kSummers;  // keys of a tile
 constexpr int64_t kTileBytes = 36 * 1024;       // of one of the two tiles at most: three blocks fit a multiprocessor
-constexpr int64_t kMostDim = 256;                 // of keys
+constexpr int64_t kMostDim = 256;               // of keys
 constexpr int64_t kMostRuns = 16;               // of a block
 constexpr int64_t kBlocks = 352;                // that are wanted before a block takes more than one run
 

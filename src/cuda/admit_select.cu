@@ -20,13 +20,13 @@ constexpr int kStage = 2048;  // scores that are fetched at a time
 constexpr int kStages = 3;    // of which so many are on their way or in hand
 constexpr int kQuads = kStage / (4 * kThreads);
 constexpr int32_t kMostShared = 4608;  // protected entries that find room in shared memory
-constexpr int32_t kMost = kThreads;        // candidates that compete at once, and weakest entries that are kept sorted
-constexpr int32_t kFew = kMost / 2;        // sorted entries below which more are looked for
+constexpr int32_t kMost = kThreads;    // candidates that compete at once, and weakest entries that are kept sorted
+constexpr int32_t kFew = kMost / 2;    // sorted entries below which more are looked for
 constexpr uint32_t kNone = std::numeric_limits<uint32_t>::max();
 
 // Masks of ranks: a candidate's or a sorted entry's, among both.
 constexpr int32_t kWords = 2 * kMost / 32;
-constexpr int32_t kPiece = kMost / kWords;  // candidates that one half of a warp goes through, word by word
+constexpr int32_t kPiece = kMost / kWords;   // candidates that one half of a warp goes through, word by word
 constexpr int32_t kMaskStride = kWords + 4;  // so that lanes read different banks
 static_assert(kWords * 2 == kWarp && kPiece * kWords == kMost && kThreads == kPiece * kWords);
 
@@ -37,7 +37,7 @@ struct SelectionMemory {  // shared
   int32_t at[kMost];  // which protected entry
   // Candidates at work.
   __align__(16) uint32_t candidate_bits[kMost];
-  int32_t above[kMost];   // of candidates by rank: sorted entries that are weaker
+  int32_t above[kMost];      // of candidates by rank: sorted entries that are weaker
   int32_t owner[2 * kMost];  // by rank among both: sorted entry i, or ~i: candidate i
   int32_t link[kMost];  // by candidate: the protected entry whose place it takes, or ~i: that which candidate i took
   __align__(16) uint32_t candidate_mask[kWords];
@@ -218,7 +218,8 @@ class Selection {
     const int32_t other = is_candidate ? m.owner[met] : 0;
     const bool wins = is_candidate && met < place;
     int32_t loser = 0;
-    if (wins) loser = other < 0 ? DepartureIndex(args_, head_, stage_begin + m.candidates[~other]) : entry_[m.at[other]];
+    if (wins)
+      loser = other < 0 ? DepartureIndex(args_, head_, stage_begin + m.candidates[~other]) : entry_[m.at[other]];
     __syncthreads();
     int32_t link = !wins ? 0 : other < 0 ? other : m.at[other];
     m.link[thread_] = link;
@@ -236,8 +237,7 @@ class Selection {
       }
     }
     // The weakest `count` of both have gone.
-    if (is_candidate && place >= count && bits <= bound_)
-      m.bits[place - count] = bits, m.at[place - count] = link;
+    if (is_candidate && place >= count && bits <= bound_) m.bits[place - count] = bits, m.at[place - count] = link;
     if (is_sorted && sorted_place >= count)
       m.bits[sorted_place - count] = sorted_bits, m.at[sorted_place - count] = sorted_at;
     const bool beyond = is_candidate && bits > bound_;  // these are not sorted
@@ -377,10 +377,10 @@ class Selection {
   const AdmitArgs& args_;
   const AdmitHead& head_;
   SelectionMemory& memory_;
-  float* score_;          // (protect)
-  int32_t* entry_;        // (protect)
+  float* score_;    // (protect)
+  int32_t* entry_;  // (protect)
   int32_t count_ = 0;
-  int32_t sorted_ = 0;    // entries of memory.bits; all others of the set are at least as strong as one of score
+  int32_t sorted_ = 0;      // entries of memory.bits; all others of the set are at least as strong as one of score
   uint32_t bound_ = kNone;  // `bound`
   mutable int parity_ = 0;
   const int32_t thread_ = static_cast<int32_t>(threadIdx.x);

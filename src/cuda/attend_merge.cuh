@@ -147,8 +147,8 @@ __device__ __forceinline__ void Finish(const AttendLaunch& launch, const State& 
 // Once all of a share is done: whoever is the last one of a head that several shares have merges what they have. Waiting for the
 // others to see what was written means to wait for all that was asked for, too: so this is not done between heads.
 template <int kValueDim>
-__device__ __forceinline__ void FinishSplits(const AttendLaunch& launch, MergeMemory<kValueDim>& memory, const Share& share,
-                                             const Share& next) {
+__device__ __forceinline__ void FinishSplits(const AttendLaunch& launch, MergeMemory<kValueDim>& memory,
+                                             const Share& share, const Share& next) {
   const bool first = share.splits > 1, last = next.tile > 0 && next.head != share.head && next.splits > 1;
   if (!first && !last) return;
   const bool leader = threadIdx.x == 0;

@@ -157,8 +157,8 @@ struct WarpState {
   static constexpr int kGroups = (kValueDim + 63) / 64;  // of 64 dims of a value
   using Queries = uint4[kTiles][kPieces];                // of query g
   Queries q;
-  float out[kTiles][kGroups][4][4];                      // O^T: row tile j of the group
-  float max[kTiles][2], sum[kTiles][2];                  // of queries 2t, 2t + 1; base 2
+  float out[kTiles][kGroups][4][4];      // O^T: row tile j of the group
+  float max[kTiles][2], sum[kTiles][2];  // of queries 2t, 2t + 1; base 2
   const int g = static_cast<int>(threadIdx.x % kWarp / 4), t = static_cast<int>(threadIdx.x % 4);
 
   static __device__ bool HasPiece(int piece) { return kKeyDim % 32 == 0 || piece < kKeyDim / 8; }

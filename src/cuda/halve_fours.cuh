@@ -10,8 +10,8 @@
 
 namespace express::cuda {
 
-inline constexpr int32_t kFours = 4;         // lists
-inline constexpr int32_t kFourEntries = 4;   // of a list
+inline constexpr int32_t kFours = 4;        // lists
+inline constexpr int32_t kFourEntries = 4;  // of a list
 static_assert(kFours * kFourEntries == kWarpList);
 
 namespace halve {
@@ -41,9 +41,9 @@ struct FourLists : List<T, kWarp, kWarpList, RowsOf> {
       const int32_t a = half * kFours + this->lane / kRowLanes;
       RowSums k{}, v{};
       MeasurePair(a, k, v);
-      const Pair out{Base::SumLanes(k.x),        Base::SumLanes(k.y), 0,
-                     0,                          Base::SumLanes(k.distance), Base::SumLanes(v.x),
-                     Base::SumLanes(v.y),        Base::SumLanes(v.distance)};
+      const Pair out{
+          Base::SumLanes(k.x), Base::SumLanes(k.y),       0, 0, Base::SumLanes(k.distance), Base::SumLanes(v.x),
+          Base::SumLanes(v.y), Base::SumLanes(v.distance)};
       if (this->lane % kRowLanes == 0) this->pair[a] = out;
       const float key = LargestOfList(k.largest), value = LargestOfList(v.largest),
                   norm = LargestOfList(fmaxf(out.norm_x, out.norm_y));
@@ -75,8 +75,7 @@ struct FourLists : List<T, kWarp, kWarpList, RowsOf> {
         values[i] = Base::LoadPiece(value_x, value_y, at + i * step, this->value_dim);
       }
 #pragma unroll
-      for (int i = 0; i < 2; ++i)
-        Base::SumPiece(keys[i], at + i * step, this->key_dim, this->key_adjust, nullptr, k);
+      for (int i = 0; i < 2; ++i) Base::SumPiece(keys[i], at + i * step, this->key_dim, this->key_adjust, nullptr, k);
 #pragma unroll
       for (int i = 0; i < 2; ++i)
         Base::SumPiece(values[i], at + i * step, this->value_dim, this->value_adjust, nullptr, v);
@@ -121,13 +120,13 @@ struct FourLists : List<T, kWarp, kWarpList, RowsOf> {
 // if nothing has been decided, and HalveList must do it. All of the warp call it; `shared` has HalveWarpBytes.
 template <class T, class RowsOf>
 __device__ __forceinline__ bool HalveFours(const RowsOf& rows, int32_t key_dim, int32_t value_dim,
-                                           const HalveParams& params, const StreamKey& key, uint64_t number, char* shared,
-                                           bool& done) {
+                                           const HalveParams& params, const StreamKey& key, uint64_t number,
+                                           char* shared, bool& done) {
   done = false;
   if (params.coin) return false;
   const halve::Layout layout = halve::LayOut<kWarpList>(shared, key_dim);
-  halve::FourLists<T, RowsOf> lists{{rows, kWarpList, kWarpList / 2, key_dim, value_dim, params, key, number, layout,
-                                     layout.pairs, nullptr, false}};
+  halve::FourLists<T, RowsOf> lists{
+      {rows, kWarpList, kWarpList / 2, key_dim, value_dim, params, key, number, layout, layout.pairs, nullptr, false}};
   done = lists.PreparePlain();
   return done && lists.Decide(number);
 }

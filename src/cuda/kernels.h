@@ -359,7 +359,7 @@ struct GatherHead {  // device memory
   const int32_t* to;     // (count), or null: row i
   const float* weights;  // (rows): log weights of the copies, or null
   int32_t count;
-  int32_t kv_head;           // of k and v
+  int32_t kv_head;                     // of k and v
   const int32_t* row_index = nullptr;  // (rows): copies of rows, known before the others
   const int32_t* row_to = nullptr;     // (rows)
   int32_t rows = 0;

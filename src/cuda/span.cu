@@ -160,9 +160,9 @@ struct GraphWorker {
     const int32_t list = lane % 8 / 2;
     const SpanHalve& op = ops[min(list, count - 1)];
     bool done = false;
-    const bool keep_y = HalveFours<T>(rows, args.key_dim, args.value_dim, args.halve, head.stream,
-                                      static_cast<uint64_t>(op.number),
-                                      shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), done);
+    const bool keep_y =
+        HalveFours<T>(rows, args.key_dim, args.value_dim, args.halve, head.stream, static_cast<uint64_t>(op.number),
+                      shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), done);
     if (done && lane < 2 * count)
       StoreValue(head.values + op.out + lane % 2, entries[list * kFourEntries + lane % 2 * 2 + (keep_y ? 1 : 0)]);
     __syncwarp();
@@ -420,9 +420,8 @@ void SpanStoreCopies(const SpanStorePlan* plans, const SpanStoreHead* heads, con
                      cudaStream_t stream) {
   const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{copies.most_count} * kWarp, 256)),
                   static_cast<uint32_t>(copies.head_count));
-  WithType(copies.dtype, [&](auto type) {
-    StoreCopiesKernel<decltype(type)><<<grid, 256, 0, stream>>>(plans, heads, copies);
-  });
+  WithType(copies.dtype,
+           [&](auto type) { StoreCopiesKernel<decltype(type)><<<grid, 256, 0, stream>>>(plans, heads, copies); });
 }
 
 void Gather(const GatherArgs& args, cudaStream_t stream) {

@@ -221,7 +221,8 @@ float Difference(const Config& c, const Output& a, const Output& b, int64_t g) {
   float most = 0;
   const int64_t group = c.query_heads / c.kv_heads;
   for (size_t i = 0; i < a.out.size(); ++i)
-    if (static_cast<int64_t>(i) / c.value_dim % c.query_heads / group == g) most = std::max(most, std::abs(a.out[i] - b.out[i]));
+    if (static_cast<int64_t>(i) / c.value_dim % c.query_heads / group == g)
+      most = std::max(most, std::abs(a.out[i] - b.out[i]));
   return most;
 }
 

@@ -27,7 +27,19 @@ constexpr double kNearTie = 5e-6;  // Decision::margin below which f32 may diffe
 
 #define CHECK_CUDA(expression) ASSERT_EQ(expression, cudaSuccess) << cudaGetErrorString(cudaGetLastError())
 
-enum class Kind { kPlain, kHugeMean, kSmallMean, kEqual, kAllEqual, kZeroValues, kFar, kHuge, kTiny, kLongRow, kCentred };
+enum class Kind {
+  kPlain,
+  kHugeMean,
+  kSmallMean,
+  kEqual,
+  kAllEqual,
+  kZeroValues,
+  kFar,
+  kHuge,
+  kTiny,
+  kLongRow,
+  kCentred
+};
 
 struct ListCase {
   DType dtype;
@@ -381,8 +393,8 @@ TYPED_TEST(HalveTest, FourListsOfFourChooseAsOneByOne) {
         std::vector<Job<T>> jobs;
         for (const List<T>& l : lists)
           jobs.push_back({memory.Take(l.key.size(), l.key.data()), memory.Take(l.value.size(), l.value.data()),
-                          memory.Take(l.slots.size(), l.slots.data()), l.c.count, l.c.key_dim, l.c.value_dim, Params(l.c),
-                          l.stream, l.number, nullptr, memory.Take<uint8_t>(2)});
+                          memory.Take(l.slots.size(), l.slots.data()), l.c.count, l.c.key_dim, l.c.value_dim,
+                          Params(l.c), l.stream, l.number, nullptr, memory.Take<uint8_t>(2)});
         const auto count = static_cast<int>(jobs.size()), warps = (count + kFours - 1) / kFours;
         const Job<T>* list = memory.Take(jobs.size(), jobs.data());
         int32_t* together = memory.Take<int32_t>(static_cast<size_t>(warps));
@@ -397,7 +409,8 @@ TYPED_TEST(HalveTest, FourListsOfFourChooseAsOneByOne) {
           for (int i = kFours * w; done[static_cast<size_t>(w)] && i < std::min(count, kFours * (w + 1)); ++i) {
             std::vector<uint8_t> keep(2);
             CHECK_CUDA(cudaMemcpy(keep.data(), jobs[static_cast<size_t>(i)].keep, 2, cudaMemcpyDeviceToHost));
-            EXPECT_EQ(keep, expected[static_cast<size_t>(i)]) << "list " << i << " of " << lists[static_cast<size_t>(i)].c;
+            EXPECT_EQ(keep, expected[static_cast<size_t>(i)])
+                << "list " << i << " of " << lists[static_cast<size_t>(i)].c;
           }
         }
       }
