@@ -122,10 +122,11 @@ Status CudaCache::Settle() {
   return Status();
 }
 
-// Whether any record fits: behind the last one, or at the front with a jump left behind. Records that wait must stay.
+// Whether any record of a token fits: behind the last one, or at the front with a jump left behind. Records that wait must stay.
 bool CudaCache::HasRoom(int32_t plan) const {
   const RingState& ring = parts_.ring_states[plan];
-  const int64_t pending = Pending(plan), most = RecordWords(plan) + 2;
+  const plan::Plan& next = plans_.plans[plan].plan;
+  const int64_t pending = Pending(plan), most = cuda::kRecordHeader + 10 * next.MaxOps() + next.NextSlots() + 2;
   const int64_t capacity = parts_.ring_copies[plan].capacity;
   if (pending == 0) return true;
   if (pending >= RingState::kMostSteps - 1) return false;

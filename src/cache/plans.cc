@@ -15,10 +15,12 @@ int64_t Leader(const Shape& shape, int64_t h) {
   return first;
 }
 
-// What `plan` needs beside its own arrays.
-void TakeBounds(const plan::Plan& plan, Plans* out) {
+// What `plan` needs beside its own arrays. A rollback lists tokens of sinks and tail, another division of budgets slots of all kinds.
+void TakeBounds(const Shape& shape, const plan::Plan& plan, Plans* out) {
+  const plan::Setting& setting = plan.setting();
+  const int64_t listed = shape.largest != nullptr ? setting.budget : setting.sinks + setting.tail();
   out->max_ops = std::max(out->max_ops, plan.MaxOps());
-  out->max_slots = std::max({out->max_slots, plan.MaxSlots(), plan.setting().budget});
+  out->max_slots = std::max({out->max_slots, plan.MaxSlots(), listed});
   out->max_list = std::max(out->max_list, plan.MaxList());
 }
 
@@ -60,14 +62,14 @@ Plans LayoutPlans(const Shape& r, bool host_weights, bool resize, Arena& arena) 
       ++grouped;
       ++state.head_count;
     }
-    TakeBounds(state.plan, &out);
+    TakeBounds(r, state.plan, &out);
     if (!counting) new (&out.plans[plan]) PlanState(state);
     ++plan;
   }
   if (!counting) out.layer_plans[c.layers] = out.plan_count;
   if (r.largest != nullptr) {
     Arena none;
-    TakeBounds(plan::Plan(*r.largest, none), &out);
+    TakeBounds(r, plan::Plan(*r.largest, none), &out);
   }
   out.operations = plan::Operations(arena, 4 * out.max_ops + 256, out.max_slots + 1024);
   return out;

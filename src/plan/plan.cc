@@ -26,7 +26,7 @@ Plan::Plan(const Setting& setting, Arena& arena)
 void Plan::Measure() {
   tail_size_ = setting_.tail();
   max_ops_ = 3 + std::visit([](const auto& schedule) { return schedule.MaxOps(); }, schedule_);
-  max_slots_ = tail_size_ + 2 + std::visit([](const auto& schedule) { return schedule.MaxSlots(); }, schedule_);
+  max_slots_ = 2 + std::visit([](const auto& schedule) { return schedule.MaxSlots(); }, schedule_);
 }
 
 void Plan::Reset() {

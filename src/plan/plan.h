@@ -6,6 +6,7 @@
 #ifndef EXPRESS_SRC_PLAN_PLAN_H_
 #define EXPRESS_SRC_PLAN_PLAN_H_
 
+#include <algorithm>
 #include <cstdint>
 #include <variant>
 
@@ -55,7 +56,9 @@ class Plan {
 
   // Bounds on what one token or one HalveAhead emits, and on the length of a halved list.
   int64_t MaxOps() const { return max_ops_; }
-  int64_t MaxSlots() const { return max_slots_; }
+  int64_t MaxSlots() const { return std::max(max_slots_, tail_size_ + 2); }
+  // The slots of the next token, now: few once the tail has been listed, for its centre.
+  int64_t NextSlots() const { return departures_ == 0 ? MaxSlots() : max_slots_; }
   int64_t MaxList() const;
 
   const Setting& setting() const { return setting_; }
@@ -105,7 +108,7 @@ class Plan {
   int64_t tokens_ = 0;
   int64_t departures_ = 0;
   std::variant<BudgetSchedule, RoundsSchedule> schedule_;
-  int64_t tail_size_, max_ops_, max_slots_;
+  int64_t tail_size_, max_ops_, max_slots_;  // max_slots_: without the list of the tail, for its centre
 };
 
 }  // namespace express::plan

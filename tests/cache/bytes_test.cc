@@ -168,34 +168,60 @@ TEST(Bytes, CreationAllocatesWhatIsReportedAndNothingIsAllocatedLater) {
 }
 #endif
 
-// Keys and values are nearly all of a cache: bytes beside them, as a share of them, and what each further thread takes.
-TEST(BytesTest, LittleBesideTheEntries) {
-  std::vector<float> share(256);
-  for (size_t i = 0; i < share.size(); ++i) share[i] = static_cast<float>(i * 37 % 64 * (i * 37 % 64));
+// Bytes beside keys and values, as a share of them, with one thread and with more.
+void ExpectBeside(Config c, double one_thread, int32_t many, double many_threads) {
+  const auto entries = static_cast<double>(int64_t{c.layers} * c.kv_heads * c.budget * (c.key_dim + c.value_dim) * 2);
+  const auto beside = [&](int32_t threads) {
+    int64_t bytes = 0;
+    c.threads = threads;
+    EXPECT_OK(ExpressCache::Size(c, &bytes, nullptr));
+    return (static_cast<double>(bytes) - entries) / entries;
+  };
+  EXPECT_LE(beside(1), one_thread);
+  EXPECT_LE(beside(many), many_threads);
+}
+
+Config Bfloat16Config(int32_t layers, int32_t query_heads, int32_t kv_heads, int32_t dim) {
   Config c;
-  c.layers = 32;
-  c.query_heads = 32;
-  c.kv_heads = 8;
-  c.key_dim = c.value_dim = 128;
+  c.layers = layers;
+  c.query_heads = query_heads;
+  c.kv_heads = kv_heads;
+  c.key_dim = c.value_dim = dim;
   c.dtype = DType::kBF16;
   c.budget = 1024;
-  const auto entries = static_cast<double>(256 * c.budget * 2 * 128 * 2);
-  const auto expect = [&](double most) {
-    int64_t one = 0, many = 0;
-    c.threads = 1;
-    ASSERT_OK(ExpressCache::Size(c, &one, nullptr));
-    c.threads = 17;
-    ASSERT_OK(ExpressCache::Size(c, &many, nullptr));
-    EXPECT_LE(static_cast<double>(one), (1 + most) * entries);
-    EXPECT_LE(many - one, 16 * 260000);
-  };
+  return c;
+}
+
+std::vector<float> UnevenShares(size_t heads) {
+  std::vector<float> share(heads);
+  for (size_t i = 0; i < heads; ++i) share[i] = static_cast<float>(i * 37 % 64 * (i * 37 % 64));
+  return share;
+}
+
+// Keys and values are nearly all of a cache of a usual size.
+TEST(BytesTest, LittleBesideTheEntries) {
+  Config c = Bfloat16Config(32, 32, 8, 128);
+  const std::vector<float> share = UnevenShares(256);
   c.head_budgets = HeadBudgets::kFixed;
-  expect(0.027);  // the eight heads of a layer share their plan
+  ExpectBeside(c, 0.027, 17, 0.047);  // the eight heads of a layer share their plan
   c.head_share = share;
-  expect(0.053);
+  ExpectBeside(c, 0.053, 17, 0.081);
   c.head_share = {};
   c.head_budgets = HeadBudgets::kObserved;
-  expect(0.056);
+  ExpectBeside(c, 0.056, 17, 0.085);
+}
+
+// A small one is the worst case: each thread has room for a halving and for a prompt's block of its own.
+TEST(BytesTest, BesideTheEntriesOfASmallCache) {
+  Config c = Bfloat16Config(8, 6, 2, 64);
+  const std::vector<float> share = UnevenShares(16);
+  c.head_budgets = HeadBudgets::kFixed;
+  ExpectBeside(c, 0.095, 8, 0.24);
+  c.head_share = share;
+  ExpectBeside(c, 0.134, 8, 0.347);
+  c.head_share = {};
+  c.head_budgets = HeadBudgets::kObserved;
+  ExpectBeside(c, 0.147, 8, 0.365);
 }
 
 }  // namespace

@@ -60,7 +60,11 @@ TEST(Plan, InvariantsHoldAfterEveryTokenOverAGridOfSettings) {
     Shadow shadow(s.budget);
     for (int64_t n = 1; n <= 3000 / kSlower; ++n) {
       plan.out().Clear();
+      const int64_t most_slots = plan->NextSlots();
+      ASSERT_LE(most_slots, plan->MaxSlots());
       ASSERT_EQ(plan->Append(1, plan.out()), 1);
+      ASSERT_LE(plan.out().size(), plan->MaxOps());
+      ASSERT_LE(SlotsListed(plan.out()), most_slots);
       ASSERT_TRUE(shadow.Apply(plan.out())) << shadow.error << " at token " << n;
       ASSERT_EQ(shadow.total(), n) << "weights do not sum to the tokens";
       ASSERT_LE(shadow.peak(), s.budget);

@@ -41,11 +41,14 @@ class ResizedPlan {
       more = plan_->GiveUp(next, out_);
       if (out_.size() > plan_->MaxOps())
         return testing::AssertionFailure() << "a step of " << out_.size() << " operations";
+      if (SlotsListed(out_) > plan_->MaxSlots())
+        return testing::AssertionFailure() << "a step that lists " << SlotsListed(out_) << " slots";
       if (!shadow_.Apply(out_)) return testing::AssertionFailure() << "giving up: " << shadow_.error;
     }
     out_.Clear();
     plan_->Compact(next.budget, out_);
     if (out_.size() > 1) return testing::AssertionFailure() << "compacting takes more than one operation";
+    if (SlotsListed(out_) > before.budget) return testing::AssertionFailure() << "compacting lists too many slots";
     if (!shadow_.Apply(out_)) return testing::AssertionFailure() << "compacting: " << shadow_.error;
     for (size_t slot = static_cast<size_t>(next.budget); slot < shadow_.weights().size(); ++slot)
       if (shadow_.weights()[slot] != 0) return testing::AssertionFailure() << "a live slot beyond the budget";

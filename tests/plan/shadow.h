@@ -45,6 +45,12 @@ class OwnedPlan {
   Operations out_;
 };
 
+inline int64_t SlotsListed(const Operations& operations) {
+  int64_t slots = 0;
+  for (int64_t i = 0; i < operations.size(); ++i) slots += operations[i].count;
+  return slots;
+}
+
 inline std::string Describe(const Setting& s) {
   return "budget " + std::to_string(s.budget) + " sinks " + std::to_string(s.sinks) + " window " +
          std::to_string(s.window) + " reserve " + std::to_string(s.reserve) + " protect " + std::to_string(s.protect) +
