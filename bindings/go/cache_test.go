@@ -370,7 +370,7 @@ func TestStorageInEightBits(t *testing.T) {
 		}
 	}
 	config.DeviceType = DeviceCUDA
-	if _, err := New(config); !errors.Is(err, StatusUnsupported) {
+	if _, err := New(&config); !errors.Is(err, StatusUnsupported) {
 		t.Errorf("on a device: %v", err)
 	}
 }
