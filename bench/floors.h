@@ -103,6 +103,8 @@ class BestTime {
     state.counters["floor"] = floor / 1e9;
     state.counters["of_floor"] = work / best_ / floor;
   }
+  // The best rate in units of `work` per second.
+  void ReportRate(benchmark::State& state, const char* unit, double work) const { state.counters[unit] = work / best_; }
 
  private:
   double best_ = std::numeric_limits<double>::infinity();

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Quality of the cache on the yardstick model: bits per byte and recall, policies x budgets x seeds, as a Markdown table.
 
-usage: quality_table.py run    EXPRESS_LM TEXTS_DIR RESULTS.jsonl [--set dev|test] [--jobs N] [--only REGEX]
-       quality_table.py report RESULTS.jsonl [--set dev|test]
+usage: quality_table.py run    EXPRESS_LM TEXTS_DIR RESULTS.jsonl [--set dev|test|storage] [--jobs N] [--only REGEX]
+       quality_table.py report RESULTS.jsonl [--set dev|test|storage]
 
 TEXTS_DIR holds dev.txt, test.txt (NUL-separated units) and recall/{dev,test}-*.json with their .txt. `run` appends one line for each run to
 RESULTS.jsonl and skips those that are there. Every cache compresses from the first token on, in blocks of 64 tokens; all policies have the
@@ -69,14 +69,24 @@ TEST = [row for row in DEV if row[0] in ("exact", "1024: sinks + window", "1024:
                                          "16 x 1024 by far mass: window, p 2",
                                          "16 x 1024 by far mass: 60/28/12, p 2 (default)")
         or "observed" in row[0] or row[0].startswith("16 x 512") or row[0].startswith("16 x 256")]
-ROWS = {"dev": DEV, "test": TEST}
+# 16-bit and 8-bit storage, with the same entries and in the same bytes: those that the cache of 16 bits takes.
+STORAGE = []
+for entries, same_bytes in ((1024, 4804288), (512, 2506944)):
+    common = ["--policy", "express", "--head-budgets", "observed", "--threads", "1"]
+    STORAGE += [
+        ("16 x %d, observed: bf16" % entries, common + ["--budget", str(entries), "--dtype", "bf16"], 1),
+        ("16 x %d, observed: i8" % entries, common + ["--budget", str(entries), "--dtype", "i8"], 1),
+        ("the bytes of 16 x %d in bf16, observed: i8" % entries,
+         common + ["--budget", str(same_bytes), "--budget-unit", "bytes", "--dtype", "i8"], 1)]
+ROWS = {"dev": DEV, "test": TEST, "storage": STORAGE}
+TEXTS = {"dev": "dev", "test": "test", "storage": "dev"}
 FULL = {row[0] for row in TEST if "16 x 512" not in row[0] and "16 x 256" not in row[0]} | {"16 x 512 by far mass: 60/28/12, p 2", "4096: + protected 35 %, window 1024, alpha 0.5"}
-UNITS = {"dev": (1, 5, 9), "test": (0, 1, 2, 3)}
+UNITS = {"dev": (1, 5, 9), "test": (0, 1, 2, 3), "storage": (1, 5, 9)}
 
 
 def tasks(which, texts):
     """(key, arguments) of every run; recall cases of 8K, 16K and 32K one by one."""
-    cases = sorted(glob.glob(os.path.join(texts, "recall", which + "-*.json")))
+    cases = sorted(glob.glob(os.path.join(texts, "recall", TEXTS[which] + "-*.json")))
     for name, args, seeds in ROWS[which]:
         for seed in range(seeds):
             more = ["--model", MODEL, "--block", str(BLOCK), "--seed", str(seed), "--json"]
@@ -85,7 +95,7 @@ def tasks(which, texts):
                     continue
                 yield (name, seed, os.path.basename(case)), ["recall", "--case", case] + args + more
             for unit in UNITS[which]:
-                yield (name, seed, "text-%d" % unit), ["score", "--text", os.path.join(texts, which + ".txt"), "--unit", str(unit),
+                yield (name, seed, "text-%d" % unit), ["score", "--text", os.path.join(texts, TEXTS[which] + ".txt"), "--unit", str(unit),
                                                        "--offset", "60000", "--tokens", str(TEXT_BYTES)] + args + more
 
 
@@ -190,12 +200,12 @@ def main():
     p.add_argument("express_lm")
     p.add_argument("texts")
     p.add_argument("results")
-    p.add_argument("--set", choices=["dev", "test"], default="dev")
+    p.add_argument("--set", choices=list(ROWS), default="dev")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--only", default="")
     p = commands.add_parser("report")
     p.add_argument("results")
-    p.add_argument("--set", choices=["dev", "test"], default="dev")
+    p.add_argument("--set", choices=list(ROWS), default="dev")
     options = parser.parse_args()
     (run if options.command == "run" else report)(options)
 

@@ -157,6 +157,7 @@ Status ConvertConfig(const express_config* given, express::Config* to) {
 static_assert(static_cast<int>(StatusCode::kRingFull) == EXPRESS_STATUS_RING_FULL);
 static_assert(static_cast<int>(StatusCode::kBroken) == EXPRESS_STATUS_BROKEN);
 static_assert(static_cast<int>(express::DType::kBF16) == EXPRESS_DTYPE_BF16);
+static_assert(static_cast<int>(express::DType::kI8) == EXPRESS_DTYPE_I8);
 static_assert(static_cast<int>(express::DType::kI64) == EXPRESS_DTYPE_I64);
 static_assert(static_cast<int>(express::DeviceType::kCuda) == EXPRESS_DEVICE_CUDA);
 static_assert(static_cast<int>(express::Schedule::kRounds) == EXPRESS_SCHEDULE_ROUNDS);

@@ -54,6 +54,7 @@ func TestNumbersAreThoseOfTheABI(t *testing.T) {
 		"EXPRESS_DTYPE_F32":                   int64(DTypeF32),
 		"EXPRESS_DTYPE_F16":                   int64(DTypeF16),
 		"EXPRESS_DTYPE_BF16":                  int64(DTypeBF16),
+		"EXPRESS_DTYPE_I8":                    int64(DTypeI8),
 		"EXPRESS_DTYPE_I64":                   int64(DTypeI64),
 		"EXPRESS_DEVICE_CPU":                  int64(DeviceCPU),
 		"EXPRESS_DEVICE_CUDA":                 int64(DeviceCUDA),

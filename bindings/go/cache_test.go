@@ -352,6 +352,29 @@ func TestSixteenBitCachesAndTensors(t *testing.T) {
 	same(t, "1.5", float32(1.5), held(t, cache, 1, 0)[0].key[3])
 }
 
+func TestStorageInEightBits(t *testing.T) {
+	config := testConfig()
+	config.DType = DTypeI8
+	cache, s := newCache(t, config), newStream(100, 16)
+	s.appendTo(t, cache, 0)
+	for _, e := range held(t, cache, 0, 1) {
+		row := s.k[(int(e.position)*kvHeads+1)*dim:][:dim]
+		largest := 0.0
+		for _, x := range row {
+			largest = math.Max(largest, math.Abs(float64(x)))
+		}
+		for d, got := range e.key {
+			if math.Abs(float64(got-row[d])) > largest/254*1.01 {
+				t.Errorf("key: %v for %v", got, row[d])
+			}
+		}
+	}
+	config.DeviceType = DeviceCUDA
+	if _, err := New(&config); !errors.Is(err, StatusUnsupported) {
+		t.Errorf("on a device: %v", err)
+	}
+}
+
 func TestStridesAndPartsOfLargerArrays(t *testing.T) {
 	s, plain, strided := newStream(40, 11), newCache(t, testConfig()), newCache(t, testConfig())
 	s.appendTo(t, plain, 0)

@@ -27,11 +27,16 @@ struct Tensor3 {
   Tensor3(const Tensor3&) = delete;
 };
 
+int64_t EntryBytesOf(const ModelConfig& model, int32_t dtype) {
+  if (dtype == EXPRESS_DTYPE_I8) return 2 * model.head_dim + 4;  // and two scales
+  return 2 * model.head_dim * (dtype == EXPRESS_DTYPE_F32 ? 4 : 2);
+}
+
 // All that an engine needs of Express: create, then per layer either prefill, or append and attend.
 class ExpressKv final : public KvCache {
  public:
   ExpressKv(const ModelConfig& model, const express_config& config)
-      : model_(model), entry_bytes_(2 * model.head_dim * (config.dtype == EXPRESS_DTYPE_F32 ? 4 : 2)) {
+      : model_(model), entry_bytes_(EntryBytesOf(model, config.dtype)) {
     Check(express_create(&config, &cache_), "express_create");
   }
   ~ExpressKv() override { express_destroy(&cache_); }
@@ -77,8 +82,11 @@ std::unique_ptr<KvCache> MakeExpress(const KvOptions& o, const ModelConfig& m, i
   c.query_heads = static_cast<int32_t>(m.heads);
   c.kv_heads = static_cast<int32_t>(m.kv_heads);
   c.key_dim = c.value_dim = static_cast<int32_t>(m.head_dim);
-  c.dtype = Choose<int32_t>("--dtype", o.dtype,
-                            {{"f32", EXPRESS_DTYPE_F32}, {"f16", EXPRESS_DTYPE_F16}, {"bf16", EXPRESS_DTYPE_BF16}});
+  c.dtype = Choose<int32_t>(
+      "--dtype", o.dtype,
+      {{"f32", EXPRESS_DTYPE_F32}, {"f16", EXPRESS_DTYPE_F16}, {"bf16", EXPRESS_DTYPE_BF16}, {"i8", EXPRESS_DTYPE_I8}});
+  c.budget_unit = Choose<int32_t>("--budget-unit", o.budget_unit,
+                                  {{"entries", EXPRESS_BUDGET_ENTRIES}, {"bytes", EXPRESS_BUDGET_BYTES}});
   c.schedule = Choose<int32_t>("--schedule", o.schedule,
                                {{"budget", EXPRESS_SCHEDULE_BUDGET}, {"rounds", EXPRESS_SCHEDULE_ROUNDS}});
   c.halving =
@@ -102,6 +110,7 @@ std::unique_ptr<KvCache> MakeExpress(const KvOptions& o, const ModelConfig& m, i
     c.sinks = c.protected_entries = 0;
     c.window = tokens;
     c.budget = tokens + 5;
+    c.budget_unit = EXPRESS_BUDGET_ENTRIES;
     c.schedule = EXPRESS_SCHEDULE_BUDGET;
   } else {
     if (o.policy == "uniform") {
@@ -134,6 +143,8 @@ std::unique_ptr<KvCache> MakeKv(const KvOptions& o, const ModelConfig& m, int64_
     Choose<int>("--policy", o.policy, {{"exact", 0}, {"uniform", 0}, {"express", 0}});
     return MakeExpress(o, m, tokens);
   }
+  if (o.budget_unit != "entries")
+    throw std::runtime_error("--budget-unit: the engine's own window cache counts entries only");
   if (o.dtype != "f32") throw std::runtime_error("--dtype: the engine's own window cache stores f32 only");
   const auto heads = static_cast<size_t>(m.layers * m.kv_heads);
   std::vector<int64_t> capacity(heads, o.budget);

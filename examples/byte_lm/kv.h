@@ -11,10 +11,11 @@
 #include "model.h"
 
 struct KvOptions {
-  std::string policy = "express";  // exact, window, uniform, express
-  int64_t budget = 1024;           // mean entries per KV head over all layers
-  std::string profile;             // file of far masses; empty: the same budget for every head
-  double power = 2;                // budgets beyond the base are shared out in proportion to (far mass)^power
+  std::string policy = "express";       // exact, window, uniform, express
+  int64_t budget = 1024;                // mean entries per KV head over all layers, or
+  std::string budget_unit = "entries";  // bytes of the whole cache
+  std::string profile;                  // file of far masses; empty: the same budget for every head
+  double power = 2;                     // budgets beyond the base are shared out in proportion to (far mass)^power
   int64_t sinks = 4, window = EXPRESS_AUTO, protect = EXPRESS_AUTO;
   double alpha = 0.5, gamma = 1, tau = 0.1;
   std::string schedule = "budget", halving = "kernel", dtype = "f32", head_budgets = "auto";

@@ -26,7 +26,11 @@ void AddCache(CLI::App* app, CommonOptions& o) {
                   "nothing protected; express")
       ->check(CLI::IsMember({"exact", "window", "uniform", "express"}))
       ->capture_default_str();
-  app->add_option("--budget", o.kv.budget, "Mean entries per KV head over all layers")->capture_default_str();
+  app->add_option("--budget", o.kv.budget, "Mean entries per KV head over all layers, or bytes: --budget-unit")
+      ->capture_default_str();
+  app->add_option("--budget-unit", o.kv.budget_unit, "entries, or bytes of the whole cache")
+      ->check(CLI::IsMember({"entries", "bytes"}))
+      ->capture_default_str();
   app->add_option("--profile", o.kv.profile,
                   "Far masses (express-lm profile): heads that look far get more of the budget");
   app->add_option("--power", o.kv.power, "Budgets beyond the base go by far mass to this power")->capture_default_str();
@@ -57,8 +61,8 @@ void AddCache(CLI::App* app, CommonOptions& o) {
   app->add_option("--chunk", o.kv.chunk, "Tokens given to the cache in one call (0: a block)")
       ->check(CLI::NonNegativeNumber)
       ->capture_default_str();
-  app->add_option("--dtype", o.kv.dtype, "Storage of keys and values")
-      ->check(CLI::IsMember({"f32", "f16", "bf16"}))
+  app->add_option("--dtype", o.kv.dtype, "Storage of keys and values; i8: 8-bit codes, and a scale for each")
+      ->check(CLI::IsMember({"f32", "f16", "bf16", "i8"}))
       ->capture_default_str();
   app->add_option("--seed", o.kv.seed, "Seed of all random choices")->capture_default_str();
 }

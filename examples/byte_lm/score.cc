@@ -86,8 +86,9 @@ void Print(const CommonOptions& common, const json& r) {
     std::printf("%s\n", r.dump().c_str());
     return;
   }
-  std::printf("policy %s, budget %lld entries per KV head, %lld tokens\n", common.kv.policy.c_str(),
-              static_cast<long long>(common.kv.budget), r["tokens"].get<long long>());
+  std::printf("policy %s, budget %lld %s, %lld tokens\n", common.kv.policy.c_str(),
+              static_cast<long long>(common.kv.budget),
+              common.kv.budget_unit == "bytes" ? "bytes" : "entries per KV head", r["tokens"].get<long long>());
   std::printf("bits per byte              %8.4f\n", r["bits_per_byte"].get<double>());
   std::printf("  second half              %8.4f\n", r["bits_per_byte_second_half"].get<double>());
   for (const json& part : r["by_position"])

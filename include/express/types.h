@@ -12,7 +12,13 @@
 
 namespace express {
 
-enum class DType : int32_t { kF32 = 0, kF16 = 1, kBF16 = 2, kI64 = 16 };  // kI64: positions only
+enum class DType : int32_t {
+  kF32 = 0,
+  kF16 = 1,
+  kBF16 = 2,
+  kI8 = 3,    // storage only: 8-bit codes, and a scale for each row
+  kI64 = 16,  // positions only
+};
 
 enum class DeviceType : int32_t { kCpu = 1, kCuda = 2 };  // numbered as in DLPack
 
@@ -35,7 +41,9 @@ enum class HeadBudgets : int32_t {
 enum class BudgetUnit : int32_t { kEntries = 0, kBytes = 1 };
 
 // Bytes of one element.
-constexpr int64_t SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : dtype == DType::kI64 ? 8 : 2; }
+constexpr int64_t SizeOf(DType dtype) {
+  return dtype == DType::kF32 ? 4 : dtype == DType::kI64 ? 8 : dtype == DType::kI8 ? 1 : 2;
+}
 
 }  // namespace express
 

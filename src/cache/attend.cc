@@ -71,9 +71,10 @@ Status CpuCache::DoAttend(int32_t layer, const Queries& args) const {
   const int64_t n = args.q.shape[0];
   const int64_t group = config_.query_heads / config_.kv_heads, rows = n * group;
   const int64_t at_once = RowsAtOnce(config_.key_dim, config_.value_dim), chunks = (rows + at_once - 1) / at_once;
+  const int64_t element = std::max<int64_t>(2, SizeOf(config_.dtype));  // rows of 8 bits take as long as those of 16
   int64_t bytes = 0;
   for (int32_t g = 0; g < config_.kv_heads; ++g)
-    bytes += head(layer, g).slab.capacity * (config_.key_dim + config_.value_dim) * SizeOf(config_.dtype) * chunks;
+    bytes += head(layer, g).slab.capacity * (config_.key_dim + config_.value_dim) * element * chunks;
   const bool parallel = threads_.count() > 1 && bytes >= kParallelBytes, observed = Observes(LayerTokens(layer) - 1);
   Status status;
   if (parallel && chunks == 1 && AttendInParallel(layer, args.q, args.out, args.lse_or_null(), &status)) return status;

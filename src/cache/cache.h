@@ -93,6 +93,7 @@ class Cache {
   // What one head holds, in the host's memory.
   struct HeadArrays {
     char *key, *value;          // (capacity, dim) of the storage type
+    char* scale;                // (capacity, cpu::ScaleBytes); nothing where those are 0
     int64_t* position;          // (capacity)
     float *mean, *sum, *score;  // (key_dim) twice, (protect); nothing where nothing is protected
     int32_t* protected_slot;    // (protect)

@@ -35,6 +35,7 @@ void LayoutHead(const Shape& r, const plan::Setting& setting, Arena& arena, Head
                  .key_dim = c.key_dim,
                  .value_dim = c.value_dim,
                  .dtype = c.dtype};
+  if (cpu::ScaleBytes(c.dtype) > 0) slab.scale = arena.Take<cpu::RowScales>(capacity);
   cpu::Protection protection{};
   if (setting.protect > 0) {
     protection.mean = arena.Take<float>(c.key_dim);
@@ -206,6 +207,7 @@ Status CpuCache::OpenHead(int32_t index, bool, void*, HeadArrays* arrays) const 
   const cpu::Protection& p = head.protection;
   *arrays = {.key = static_cast<char*>(head.slab.key),
              .value = static_cast<char*>(head.slab.value),
+             .scale = reinterpret_cast<char*>(head.slab.scale),
              .position = head.slab.position,
              .mean = p.mean,
              .sum = p.sum,
@@ -244,6 +246,7 @@ Status CpuCache::CopyHeads(const Cache& other) {
                 static_cast<char*>(head.slab.key));
     std::copy_n(static_cast<const char*>(source.slab.value), capacity * head.slab.value_dim * element,
                 static_cast<char*>(head.slab.value));
+    if (head.slab.scale != nullptr) std::copy_n(source.slab.scale, capacity, head.slab.scale);
     std::copy_n(source.slab.position, capacity, head.slab.position);
     head.protection.count = source.protection.count;
     head.protection.weakest = source.protection.weakest;
@@ -264,14 +267,10 @@ Status CpuCache::ExportHead(int32_t index, const Array& k, const Array& v, const
   const HeadState& head = parts_.heads[index];
   const PlanState& state = plans_.plans[head.plan];
   const cpu::Slab& slab = head.slab;
-  const int64_t element = SizeOf(slab.dtype);
   int64_t row = 0;
   for (int64_t slot = 0; slot < slab.capacity; ++slot) {
     if (state.plan.weight(slot) == 0) continue;
-    cpu::Convert(static_cast<const char*>(slab.key) + slot * slab.key_dim * element, slab.dtype, k.At(row), k.dtype,
-                 slab.key_dim);
-    cpu::Convert(static_cast<const char*>(slab.value) + slot * slab.value_dim * element, slab.dtype, v.At(row), v.dtype,
-                 slab.value_dim);
+    cpu::ReadEntry(slab, slot, {k.At(row), 0, k.dtype}, {v.At(row), 0, v.dtype});
     if (log_weight != nullptr) *static_cast<float*>(log_weight->At(row)) = state.log_weight[slot];
     if (position != nullptr) *static_cast<int64_t*>(position->At(row)) = slab.position[slot];
     ++row;

@@ -40,7 +40,8 @@ Status SolveBytes(const Config& config, Resolved* resolved, int64_t* bytes) {
     return status->ok() && size <= config.budget;
   };
   const int64_t heads = int64_t{config.layers} * config.kv_heads;
-  const int64_t entry = (int64_t{config.key_dim} + config.value_dim) * SizeOf(config.dtype);
+  const int64_t entry =
+      (int64_t{config.key_dim} + config.value_dim) * SizeOf(config.dtype) + cpu::ScaleBytes(config.dtype);
   const int64_t most_mean = MostMean(config);
   const int64_t most = std::min(config.budget / heads / entry + 1, most_mean);
   Status status;

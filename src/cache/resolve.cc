@@ -46,13 +46,17 @@ Status CheckModel(const Config& c) {
                  c.scale);
   EXPRESS_RETURN_IF_ERROR(InRange("first_layer", c.first_layer, 0, 1 << 30));
   EXPRESS_RETURN_IF_ERROR(InRange("first_kv_head", c.first_kv_head, 0, 1 << 30));
-  if (c.dtype != DType::kF32 && c.dtype != DType::kF16 && c.dtype != DType::kBF16) {
+  if (c.dtype != DType::kF32 && c.dtype != DType::kF16 && c.dtype != DType::kBF16 && c.dtype != DType::kI8) {
     const auto number = static_cast<int32_t>(c.dtype);
-    if (number >= 3 && number < 16)
+    if (number > static_cast<int32_t>(DType::kI8) && number < 16)
       return Error(StatusCode::kUnsupported, "config.dtype: ", number,
-                   " is reserved, this version stores F32, F16 or BF16");
-    return Error(StatusCode::kInvalidArgument, "config.dtype: expected F32 (0), F16 (1) or BF16 (2), got ", number);
+                   " is reserved, this version stores F32, F16, BF16 or I8");
+    return Error(StatusCode::kInvalidArgument, "config.dtype: expected F32 (0), F16 (1), BF16 (2) or I8 (3), got ",
+                 number);
   }
+  if (c.dtype == DType::kI8 && c.device_type == DeviceType::kCuda)
+    return Error(StatusCode::kUnsupported,
+                 "config.dtype: I8 (3) is stored on the CPU only; a cache on a CUDA device stores F32, F16 or BF16");
   if (c.device_type == DeviceType::kCuda) {
 #ifdef EXPRESS_WITH_CUDA
     return CheckCudaConfig(c);

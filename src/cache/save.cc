@@ -11,6 +11,7 @@
 
 #include "src/cache/cache.h"
 #include "src/cache/message.h"
+#include "src/cpu/kernels.h"
 
 namespace express::cache {
 namespace {
@@ -19,12 +20,16 @@ static_assert(std::endian::native == std::endian::little);
 
 struct Header {
   char magic[8] = {'E', 'X', 'P', 'R', 'E', 'S', 'S', 0};
-  uint32_t format = 2, reserved = 0;
+  uint32_t format = 0, reserved = 0;
   uint64_t bytes = 0;        // in all
   uint64_t fingerprint = 0;  // of the configuration
   uint64_t checksum = 0;     // of all that follows
 };
 static_assert(sizeof(Header) == 40);
+
+// Of 8-bit storage, entries come with their scales: readers of format 2 do not know of them.
+uint32_t FormatOf(DType dtype) { return dtype == DType::kI8 ? 3 : 2; }
+constexpr uint32_t kOldestFormat = 2, kNewestFormat = 3;
 
 uint64_t Hash(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
@@ -77,11 +82,12 @@ void Cache::TransferHead(Archive& archive, int32_t head, HeadArrays& arrays) con
   const plan::Plan& plan = plans_.plans[plans_.head_plan[head]].plan;
   const int64_t budget = plan.setting().budget, protect = plan.setting().protect;
   const int64_t key_bytes = config_.key_dim * SizeOf(config_.dtype),
-                value_bytes = config_.value_dim * SizeOf(config_.dtype);
+                value_bytes = config_.value_dim * SizeOf(config_.dtype), scale_bytes = cpu::ScaleBytes(config_.dtype);
   for (int64_t slot = 0; slot < budget; ++slot) {
     const bool live = plan.weight(slot) > 0;
     archive.Array(arrays.key + slot * key_bytes, live ? key_bytes : 0, key_bytes);
     archive.Array(arrays.value + slot * value_bytes, live ? value_bytes : 0, value_bytes);
+    if (scale_bytes > 0) archive.Array(arrays.scale + slot * scale_bytes, live ? scale_bytes : 0, scale_bytes);
     archive.Array(arrays.position + slot, live ? 1 : 0, 1);
   }
   if (protect == 0) return;
@@ -131,6 +137,7 @@ Status Cache::Save(void* data, size_t bytes) const {
   }
   std::memset(body + archive.used(), 0, needed - sizeof(Header) - archive.used());
   Header header;
+  header.format = FormatOf(config_.dtype);
   header.bytes = needed;
   header.fingerprint = Fingerprint();
   header.checksum = Hash(body, needed - sizeof(Header));
@@ -146,11 +153,11 @@ Status Cache::Load(const void* data, size_t bytes) {
   std::memcpy(&header, data, sizeof(header));
   if (std::memcmp(header.magic, expected.magic, sizeof(header.magic)) != 0)
     return Error(StatusCode::kInvalidArgument, "data: not a saved cache");
-  if (header.format != expected.format)
+  if (header.format < kOldestFormat || header.format > kNewestFormat)
     return Error(StatusCode::kUnsupported, "data: saved in format ", header.format, ", this library reads ",
-                 expected.format);
+                 kOldestFormat, " and ", kNewestFormat);
   const size_t needed = save_bytes_;
-  if (header.fingerprint != Fingerprint() || header.bytes != needed)
+  if (header.format != FormatOf(config_.dtype) || header.fingerprint != Fingerprint() || header.bytes != needed)
     return Error(StatusCode::kInvalidArgument,
                  "data: saved from a cache of another configuration: model, dtype, budgets, method and seed must be "
                  "this cache's");

@@ -12,7 +12,9 @@
 #ifndef EXPRESS_SRC_CPU_ATTEND_SHARED_
 #define EXPRESS_SRC_CPU_ATTEND_SHARED_
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <utility>
 
@@ -203,54 +205,13 @@ void ShortValues(const T* value, int64_t dim, const int32_t* slots, int64_t coun
     for (int64_t i = 0; i < dim; ++i) out[i] += p[j] * ToFloat(value[slots[j] * dim + i]);
 }
 
-// Turns a row of products <q, k_j> into exp(logit_j - max), logit_j = product + bias_j, after bringing the row's state to
-// the new maximum. bias (kTile) is -inf where the tile ends.
-HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, const float* HWY_RESTRICT bias, int64_t dim, float* max,
-                           float* sum, float* HWY_RESTRICT out) {
-  const F32 d;
-  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
-  const auto low = hn::Set(d, -kLargestLogit), high = hn::Set(d, kLargestLogit);
-  auto top = hn::Set(d, kMinusInfinity);
-  for (int64_t j = 0; j < kTile; j += lanes) {
-    // In this order NaN, the sum of opposite overflows, becomes a number too.
-    const auto product = hn::Min(hn::Max(hn::Load(d, logits + j), low), high);
-    const auto logit = hn::Add(product, hn::Load(d, bias + j));
-    top = hn::Max(top, logit);
-    hn::Store(logit, d, logits + j);
-  }
-  const float new_max = std::max(*max, hn::GetLane(hn::MaxOfLanes(d, top)));
-  if (new_max > *max) {
-    const float factor = *max == kMinusInfinity ? 0.0f : std::exp(*max - new_max);
-    *sum *= factor;
-    for (int64_t i = 0; i < dim; ++i) out[i] *= factor;
-    *max = new_max;
-  }
-  auto total = hn::Zero(d);
-  const auto shift = hn::Set(d, new_max), log2e = hn::Set(d, kLog2E);
-  for (int64_t j = 0; j < kTile; j += lanes) {
-    const auto e = Exp2(hn::Mul(hn::Sub(hn::Load(d, logits + j), shift), log2e));
-    total = hn::Add(total, e);
-    hn::Store(e, d, logits + j);
-  }
-  *sum += hn::GetLane(hn::SumOfLanes(d, total));
-}
-
-// Calls f(std::integral_constant<int, rows>(), first row) for groups of at most kMostRows rows.
-template <class F>
-HWY_INLINE void ByRows(int64_t rows, const F& f) {
-  int64_t r = 0;
-  for (; r + kMostRows <= rows; r += kMostRows) f(std::integral_constant<int, kMostRows>(), r);
-  if constexpr (kMostRows > 4)
-    for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>(), r);
-  for (; r + 2 <= rows; r += 2) f(std::integral_constant<int, 2>(), r);
-  if (r < rows) f(std::integral_constant<int, 1>(), r);
-}
-
 // Live slots and their biases; behind the last one it is repeated, with bias -inf.
 struct Tile {
   int64_t count;
   int32_t slots[kTile];
   HWY_ALIGN float bias[kTile];
+  HWY_ALIGN float key_scale[kTile];  // of 8-bit storage only
+  HWY_ALIGN float value_scale[kTile];
 };
 
 // The next live slots from `next` on, at most kTile.
@@ -266,6 +227,67 @@ HWY_INLINE void NextTile(const float* HWY_RESTRICT log_weight, float exponent, i
   if (count == 0) return;
   std::fill_n(tile->bias + count, kTile - count, kMinusInfinity);
   std::fill_n(tile->slots + count, kTile - count, tile->slots[count - 1]);
+}
+
+// The scales of the tile's slots.
+HWY_INLINE void LoadScales(const RowScales* HWY_RESTRICT scale, Tile* tile) {
+  const F32 d;
+  const hn::RebindToUnsigned<F32> du;
+  HWY_ALIGN uint32_t both[kTile];
+  static_assert(sizeof(both[0]) == sizeof(RowScales) && std::endian::native == std::endian::little);
+  for (int64_t j = 0; j < kTile; ++j) std::memcpy(&both[j], &scale[tile->slots[j]], sizeof(both[j]));
+  for (int64_t j = 0; j < kTile; j += static_cast<int64_t>(hn::Lanes(d))) {
+    const auto bits = hn::Load(du, both + j);
+    hn::Store(hn::BitCast(d, hn::ShiftLeft<16>(bits)), d, tile->key_scale + j);
+    hn::Store(hn::BitCast(d, hn::And(bits, hn::Set(du, 0xFFFF0000u))), d, tile->value_scale + j);
+  }
+}
+
+// Turns a row of products <q, k_j> into exp(logit_j - max), logit_j = product + bias_j, after bringing the row's state to
+// the new maximum. bias (kTile) is -inf where the tile ends. If kScales, products are those of the codes of keys, and what is
+// left in `logits` are the factors of the codes of values; their sum is that of the exponentials all the same.
+template <bool kScales>
+HWY_INLINE void SoftmaxRow(float* HWY_RESTRICT logits, const Tile& tile, int64_t dim, float* max, float* sum,
+                           float* HWY_RESTRICT out) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  const auto low = hn::Set(d, -kLargestLogit), high = hn::Set(d, kLargestLogit);
+  auto top = hn::Set(d, kMinusInfinity);
+  for (int64_t j = 0; j < kTile; j += lanes) {
+    // In this order NaN, the sum of opposite overflows, becomes a number too.
+    auto product = hn::Load(d, logits + j);
+    if constexpr (kScales) product = hn::Mul(product, hn::Load(d, tile.key_scale + j));
+    product = hn::Min(hn::Max(product, low), high);
+    const auto logit = hn::Add(product, hn::Load(d, tile.bias + j));
+    top = hn::Max(top, logit);
+    hn::Store(logit, d, logits + j);
+  }
+  const float new_max = std::max(*max, hn::GetLane(hn::MaxOfLanes(d, top)));
+  if (new_max > *max) {
+    const float factor = *max == kMinusInfinity ? 0.0f : std::exp(*max - new_max);
+    *sum *= factor;
+    for (int64_t i = 0; i < dim; ++i) out[i] *= factor;
+    *max = new_max;
+  }
+  auto total = hn::Zero(d);
+  const auto shift = hn::Set(d, new_max), log2e = hn::Set(d, kLog2E);
+  for (int64_t j = 0; j < kTile; j += lanes) {
+    const auto e = Exp2(hn::Mul(hn::Sub(hn::Load(d, logits + j), shift), log2e));
+    total = hn::Add(total, e);
+    hn::Store(kScales ? hn::Mul(e, hn::Load(d, tile.value_scale + j)) : e, d, logits + j);
+  }
+  *sum += hn::GetLane(hn::SumOfLanes(d, total));
+}
+
+// Calls f(std::integral_constant<int, rows>(), first row) for groups of at most kMostRows rows.
+template <class F>
+HWY_INLINE void ByRows(int64_t rows, const F& f) {
+  int64_t r = 0;
+  for (; r + kMostRows <= rows; r += kMostRows) f(std::integral_constant<int, kMostRows>(), r);
+  if constexpr (kMostRows > 4)
+    for (; r + 4 <= rows; r += 4) f(std::integral_constant<int, 4>(), r);
+  for (; r + 2 <= rows; r += 2) f(std::integral_constant<int, 2>(), r);
+  if (r < rows) f(std::integral_constant<int, 1>(), r);
 }
 
 template <class T>
@@ -290,7 +312,8 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
   int64_t next = begin;
   NextTile(log_weight, exponent, end, &next, &tiles[0]);
   for (int turn = 0; tiles[turn].count > 0; turn = 1 - turn) {
-    const Tile& tile = tiles[turn];
+    Tile& tile = tiles[turn];
+    if constexpr (kScaled<T>) LoadScales(slab.scale, &tile);
     Tile& later = tiles[1 - turn];
     NextTile(log_weight, exponent, end, &next, &later);
     ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
@@ -299,7 +322,7 @@ void AttendTyped(const Slab& slab, const float* HWY_RESTRICT log_weight, float e
       for (int64_t i = r; i < r + n.value; ++i) ShortLogits(key, dk, tile.slots, tile.count, q + i * dk, logits[i]);
     });
     for (int64_t r = 0; r < rows; ++r)
-      SoftmaxRow(logits[r], tile.bias, dv, partial.max + r, partial.sum + r, partial.out + r * dv);
+      SoftmaxRow<kScaled<T>>(logits[r], tile, dv, partial.max + r, partial.sum + r, partial.out + r * dv);
     ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
       float* out = partial.out + r * dv;
       const Ahead<T> ahead = fetch(r, key, later, dk);
@@ -322,25 +345,27 @@ void AttendSlotsTyped(const Slab& slab, const int32_t* slots, const float* bias,
       tile.slots[j] = slots[begin + std::min(j, tile.count - 1)];
       tile.bias[j] = j < tile.count ? bias[begin + j] : kMinusInfinity;
     }
+    if constexpr (kScaled<T>) LoadScales(slab.scale, &tile);
     ByRows(rows, [&](auto n, int64_t r) EXPRESS_INLINE_LAMBDA {
       if (dim >= static_cast<int64_t>(hn::Lanes(F32())))
         return TileLogits<n.value>(key, dim, tile.slots, tile.count, q + r * dim, Ahead<T>{}, logits[r]);
       for (int64_t i = r; i < r + n.value; ++i) ShortLogits(key, dim, tile.slots, tile.count, q + i * dim, logits[i]);
     });
-    for (int64_t r = 0; r < rows; ++r) SoftmaxRow(logits[r], tile.bias, 0, max + r, sum + r, nullptr);
+    for (int64_t r = 0; r < rows; ++r) SoftmaxRow<kScaled<T>>(logits[r], tile, 0, max + r, sum + r, nullptr);
   }
 }
 
 void AttendSlots(const Slab& slab, const int32_t* slots, const float* bias, int64_t count, const float* q, int64_t rows,
                  float* max, float* sum) {
-  WithType(slab.dtype,
-           [&](auto type) { AttendSlotsTyped<decltype(type)>(slab, slots, bias, count, q, rows, max, sum); });
+  WithStorage(slab.dtype,
+              [&](auto type) { AttendSlotsTyped<decltype(type)>(slab, slots, bias, count, q, rows, max, sum); });
 }
 
 void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end,
                    const float* q, int64_t rows, const Partial& partial) {
-  WithType(slab.dtype,
-           [&](auto type) { AttendTyped<decltype(type)>(slab, log_weight, exponent, begin, end, q, rows, partial); });
+  WithStorage(slab.dtype, [&](auto type) {
+    AttendTyped<decltype(type)>(slab, log_weight, exponent, begin, end, q, rows, partial);
+  });
 }
 
 }  // namespace express::cpu::HWY_NAMESPACE

@@ -7,6 +7,26 @@
 #include "hwy/foreach_target.h"
 #include "src/cpu/simd-inl.h"
 
+#ifndef EXPRESS_SRC_CPU_ENTRIES_SHARED_
+#define EXPRESS_SRC_CPU_ENTRIES_SHARED_
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+namespace express::cpu {
+
+inline constexpr BFloat16 kNotFinite{0x7FC0};  // a quiet NaN
+
+// The scale of a row whose largest magnitude this is, not 0: rounded up.
+inline BFloat16 ScaleFor(float largest) {
+  const float scale = std::max(largest / 127, std::numeric_limits<float>::min());
+  return {static_cast<uint16_t>((std::bit_cast<uint32_t>(scale) + 0xFFFFu) >> 16)};
+}
+
+}  // namespace express::cpu
+#endif  // EXPRESS_SRC_CPU_ENTRIES_SHARED_
+
 HWY_BEFORE_NAMESPACE();
 namespace express::cpu::HWY_NAMESPACE {
 
@@ -47,6 +67,52 @@ bool AllFinite(const void* data, DType dtype, int64_t count) {
   return WithType(dtype, [&](auto t) { return AllFiniteTyped(static_cast<const decltype(t)*>(data), count); });
 }
 
+// A row's codes, and its scale. The quotients are rounded by the division's own rules: the same codes on every target.
+template <class From>
+BFloat16 QuantiseTyped(const From* HWY_RESTRICT from, int64_t count, int8_t* HWY_RESTRICT to) {
+  const F32 d;
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  if (!AllFiniteTyped(from, count)) {
+    std::fill_n(to, count, int8_t{0});
+    return kNotFinite;
+  }
+  auto top = hn::Zero(d);
+  float largest = 0;
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) top = hn::Max(top, hn::Abs(LoadF32(d, from + i)));
+  for (; i < count; ++i) largest = std::max(largest, std::abs(ToFloat(from[i])));
+  largest = std::max(largest, hn::GetLane(hn::MaxOfLanes(d, top)));
+  if (largest == 0) {
+    std::fill_n(to, count, int8_t{0});
+    return BFloat16{0};
+  }
+  const BFloat16 stored = ScaleFor(largest);
+  const float scale = ToFloat(stored);
+  const hn::Rebind<int8_t, F32> d8;
+  for (i = 0; i + lanes <= count; i += lanes) {
+    const auto quotient = hn::Div(LoadF32(d, from + i), hn::Set(d, scale));
+    hn::StoreU(hn::DemoteTo(d8, hn::NearestInt(quotient)), d8, to + i);
+  }
+  for (; i < count; ++i) to[i] = static_cast<int8_t>(std::nearbyint(ToFloat(from[i]) / scale));
+  return stored;
+}
+
+uint16_t Quantise(const void* from, DType from_type, int64_t count, int8_t* to) {
+  return WithType(from_type, [&](auto f) { return QuantiseTyped(static_cast<const decltype(f)*>(from), count, to); })
+      .bits;
+}
+
+void ConvertCodes(const StoredRow<Int8>& from, void* to, DType to_type, int64_t count) {
+  WithType(to_type, [&](auto t) {
+    const F32 d;
+    const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+    auto* out = static_cast<decltype(t)*>(to);
+    int64_t i = 0;
+    for (; i + lanes <= count; i += lanes) StoreF32(LoadF32(d, from, i), d, out + i);
+    for (; i < count; ++i) FromFloat(from[i], out + i);
+  });
+}
+
 }  // namespace express::cpu::HWY_NAMESPACE
 HWY_AFTER_NAMESPACE();
 
@@ -58,6 +124,8 @@ namespace express::cpu {
 
 HWY_EXPORT(Convert);
 HWY_EXPORT(AllFinite);
+HWY_EXPORT(Quantise);
+HWY_EXPORT(ConvertCodes);
 
 void Convert(const void* from, DType from_type, void* to, DType to_type, int64_t count) {
   if (from_type == to_type) {
@@ -85,11 +153,29 @@ const char* Row(ConstRows rows, int64_t i) {
 void WriteEntries(const Slab& slab, const int32_t* slots, int64_t count, int64_t first_position, ConstRows key,
                   ConstRows value) {
   for (int64_t i = 0; i < count; ++i) {
+    slab.position[slots[i]] = first_position + i;
+    if (slab.dtype == DType::kI8) {
+      const auto quantise = [&](ConstRows rows, void* base, int64_t dim) {
+        return HWY_DYNAMIC_DISPATCH(Quantise)(Row(rows, i), rows.dtype, dim,
+                                              static_cast<int8_t*>(base) + slots[i] * dim);
+      };
+      slab.scale[slots[i]] = {quantise(key, slab.key, slab.key_dim), quantise(value, slab.value, slab.value_dim)};
+      continue;
+    }
     Convert(Row(key, i), key.dtype, Row(slab.key, slots[i], slab.key_dim, slab.dtype), slab.dtype, slab.key_dim);
     Convert(Row(value, i), value.dtype, Row(slab.value, slots[i], slab.value_dim, slab.dtype), slab.dtype,
             slab.value_dim);
-    slab.position[slots[i]] = first_position + i;
   }
+}
+
+void ReadEntry(const Slab& slab, int64_t slot, Rows key, Rows value) {
+  if (slab.dtype == DType::kI8) {
+    HWY_DYNAMIC_DISPATCH(ConvertCodes)(KeyRow<Int8>(slab, slot), key.data, key.dtype, slab.key_dim);
+    HWY_DYNAMIC_DISPATCH(ConvertCodes)(ValueRow<Int8>(slab, slot), value.data, value.dtype, slab.value_dim);
+    return;
+  }
+  Convert(Row(slab.key, slot, slab.key_dim, slab.dtype), slab.dtype, key.data, key.dtype, slab.key_dim);
+  Convert(Row(slab.value, slot, slab.value_dim, slab.dtype), slab.dtype, value.data, value.dtype, slab.value_dim);
 }
 
 void CopyEntry(const Slab& slab, int32_t from, int32_t to) {
@@ -99,6 +185,7 @@ void CopyEntry(const Slab& slab, int32_t from, int32_t to) {
   };
   copy(slab.key, slab.key_dim);
   copy(slab.value, slab.value_dim);
+  if (slab.scale != nullptr) slab.scale[to] = slab.scale[from];
   slab.position[to] = slab.position[from];
 }
 
@@ -109,6 +196,7 @@ void SwapEntries(const Slab& slab, int32_t a, int32_t b) {
   };
   swap(slab.key, slab.key_dim);
   swap(slab.value, slab.value_dim);
+  if (slab.scale != nullptr) std::swap(slab.scale[a], slab.scale[b]);
   std::swap(slab.position[a], slab.position[b]);
 }
 

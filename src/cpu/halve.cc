@@ -98,33 +98,33 @@ float MeanAndLargest(const Slab& slab, const int32_t* slots, const HalveWork& w)
   auto top = hn::Zero(d);
   float largest = 0;
   for (int64_t i = 0; i < 2 * w.pairs; ++i) {
-    const T* key = static_cast<const T*>(slab.key) + slots[i] * dk;
-    const T* value = static_cast<const T*>(slab.value) + slots[i] * dv;
+    const StoredRow<T> key = KeyRow<T>(slab, slots[i]), value = ValueRow<T>(slab, slots[i]);
     int64_t j = 0;
     for (; j + lanes <= dk; j += lanes)
-      hn::StoreU(hn::MulAdd(LoadF32(d, key + j), hn::Set(d, inverse), hn::LoadU(d, w.mean + j)), d, w.mean + j);
-    for (; j < dk; ++j) w.mean[j] += ToFloat(key[j]) * inverse;
-    for (j = 0; j + lanes <= dv; j += lanes) top = hn::Max(top, hn::Abs(LoadF32(d, value + j)));
-    for (; j < dv; ++j) largest = std::max(largest, std::abs(ToFloat(value[j])));
+      hn::StoreU(hn::MulAdd(LoadF32(d, key, j), hn::Set(d, inverse), hn::LoadU(d, w.mean + j)), d, w.mean + j);
+    for (; j < dk; ++j) w.mean[j] += key[j] * inverse;
+    for (j = 0; j + lanes <= dv; j += lanes) top = hn::Max(top, hn::Abs(LoadF32(d, value, j)));
+    for (; j < dv; ++j) largest = std::max(largest, std::abs(value[j]));
   }
   largest = std::max(largest, hn::GetLane(hn::MaxOfLanes(d, top)));
   return largest > 0 ? largest : 1;
 }
 
 float ReadMean(const HalveList& list, const HalveWork& w) {
-  return WithType(list.slab.dtype, [&](auto type) { return MeanAndLargest<decltype(type)>(list.slab, list.slots, w); });
+  return WithStorage(list.slab.dtype,
+                     [&](auto type) { return MeanAndLargest<decltype(type)>(list.slab, list.slots, w); });
 }
 
 // to[j] = f(row[j]) for j < dim, vector by vector; the rest goes through a padded vector.
 template <class T, class F>
-HWY_INLINE void StageRow(const T* HWY_RESTRICT row, int64_t dim, const F& f, float* HWY_RESTRICT to) {
+HWY_INLINE void StageRow(const StoredRow<T>& row, int64_t dim, const F& f, float* HWY_RESTRICT to) {
   const F32 d;
   const auto lanes = static_cast<int64_t>(hn::Lanes(d));
   int64_t j = 0;
-  for (; j + lanes <= dim; j += lanes) hn::StoreU(f(LoadF32(d, row + j), j, lanes), d, to + j);
+  for (; j + lanes <= dim; j += lanes) hn::StoreU(f(LoadF32(d, row, j), j, lanes), d, to + j);
   if (j == dim) return;
   HWY_ALIGN float rest[hn::MaxLanes(F32())] = {};
-  for (int64_t i = j; i < dim; ++i) rest[i - j] = ToFloat(row[i]);
+  for (int64_t i = j; i < dim; ++i) rest[i - j] = row[i];
   hn::Store(f(hn::Load(d, rest), j, dim - j), d, rest);
   for (int64_t i = j; i < dim; ++i) to[i] = rest[i - j];
 }
@@ -172,8 +172,7 @@ HWY_INLINE void Unstage(const float* staged, int64_t dim, int64_t pair, float* t
 template <class T>
 struct Rows {
   Rows(const HalveList& list, const HalveWork& w)
-      : key(static_cast<const T*>(list.slab.key)),
-        value(static_cast<const T*>(list.slab.value)),
+      : slab(list.slab),
         slots(list.slots),
         mean(w.mean),
         key_dim(w.key_dim),
@@ -195,15 +194,15 @@ struct Rows {
       const auto centred = hn::Mul(hn::Sub(x, whole ? hn::LoadU(d, mean + j) : hn::Load(d, rest)), factor);
       return hn::Min(hn::Max(centred, hn::Neg(limit)), limit);
     };
-    StageRow(key + slots[i] * key_dim, key_dim, centre, to);
+    StageRow(KeyRow<T>(slab, slots[i]), slab.key_dim, centre, to);
   }
   HWY_INLINE void Value(int64_t i, float* to) const {
     const auto first = hn::Set(F32(), power), second = hn::Set(F32(), inverse);
     const auto divide = [&](auto x, int64_t, int64_t) HWY_ATTR { return hn::Mul(hn::Mul(x, first), second); };
-    StageRow(value + slots[i] * value_dim, value_dim, divide, to);
+    StageRow(ValueRow<T>(slab, slots[i]), slab.value_dim, divide, to);
   }
 
-  const T *key, *value;
+  const Slab& slab;
   const int32_t* slots;
   const float* mean;
   int64_t key_dim, value_dim;
@@ -214,7 +213,7 @@ struct Rows {
 // body(rows) with the Rows of the list's type.
 template <class Body>
 HWY_INLINE void WithRows(const HalveList& list, const HalveWork& w, const Body& body) {
-  WithType(list.slab.dtype, [&](auto type) { body(Rows<decltype(type)>(list, w)); });
+  WithStorage(list.slab.dtype, [&](auto type) { body(Rows<decltype(type)>(list, w)); });
 }
 
 // The squared norms of all pairs, and what else D_aa is made of.

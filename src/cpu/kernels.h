@@ -1,8 +1,13 @@
 // The CPU kernels: what the cache calls to execute a plan's operations and to attend.
 //
 // Raw pointers and counts only: nothing here knows a plan, a cache or a status. Callers have checked every argument.
-// Kernels allocate nothing; scratch is handed in. Storage is f32, f16 or bf16, arithmetic is f32. SIMD targets are
+// Kernels allocate nothing; scratch is handed in. Storage is f32, f16, bf16 or 8 bits, arithmetic is f32. SIMD targets are
 // chosen at run time (Highway); the scalar references of reference.h say what each function computes.
+//
+// 8-bit storage: x = scale * code with |code| <= 127 and one scale for each key and each value, the smallest bfloat16 that is
+// not below max |x| / 127, so that no code is clipped; at least the smallest normal number, and 0 for a row of zeros. A code
+// is x / scale, rounded to the nearest, ties to even: |scale * code - x| <= scale / 2. A row that holds anything that is not
+// finite has the scale NaN: all of it is NaN. Entries move with their scales and are never rounded a second time.
 #ifndef EXPRESS_SRC_CPU_KERNELS_H_
 #define EXPRESS_SRC_CPU_KERNELS_H_
 
@@ -14,6 +19,13 @@
 
 namespace express::cpu {
 
+// The scales of an entry's key and value, two bfloat16.
+struct RowScales {
+  uint16_t key, value;
+};
+// Bytes of an entry that are not elements.
+constexpr int64_t ScaleBytes(DType dtype) { return dtype == DType::kI8 ? static_cast<int64_t>(sizeof(RowScales)) : 0; }
+
 // The entries of one head stream: an unordered set of slots.
 struct Slab {
   void* key;          // (capacity, key_dim) of dtype
@@ -23,6 +35,7 @@ struct Slab {
   int32_t key_dim;
   int32_t value_dim;
   DType dtype;
+  RowScales* scale = nullptr;  // (capacity): of 8-bit storage only
 };
 
 // Rows of a caller's tensor: row i begins at data + i * stride elements, its elements are contiguous.
@@ -42,6 +55,8 @@ struct Rows {
 // Stores rows [0, count) of key and value into slots[i], with positions first_position + i.
 void WriteEntries(const Slab& slab, const int32_t* slots, int64_t count, int64_t first_position, ConstRows key,
                   ConstRows value);
+// The entry in `slot`, as the one row of key and of value.
+void ReadEntry(const Slab& slab, int64_t slot, Rows key, Rows value);
 void CopyEntry(const Slab& slab, int32_t from, int32_t to);
 void SwapEntries(const Slab& slab, int32_t a, int32_t b);
 // Converts count elements; any pair of floating types.
@@ -109,8 +124,8 @@ struct Partial {
 // Attention of q (rows, key_dim) f32, already multiplied by the softmax scale, over the live slots in [begin, end).
 // log_weight: (capacity), -inf = free slot, never read otherwise (its memory may be anything). logit = <q, k> +
 // exponent * log_weight. rows <= kMaxQueryRows. Overwrites `partial`. The slab is read once, whatever the number of
-// rows. Finite queries and keys give a finite softmax, whatever their products (beyond 1e38 they count as 1e38); values
-// must leave room for their sum over the slab.
+// rows. Finite queries and keys give a finite softmax, whatever their products (beyond 1e38 they count as 1e38; of keys in 8
+// bits, that of the codes is the one that must not be beyond it); values must leave room for their sum over the slab.
 void AttendPartial(const Slab& slab, const float* log_weight, float exponent, int64_t begin, int64_t end,
                    const float* q, int64_t rows, const Partial& partial);
 // Takes the entries in slots[0, count) into the softmax state of q's rows, (rows) max and sum; logit = <q, k> + bias[i].

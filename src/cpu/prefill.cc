@@ -129,11 +129,11 @@ void AttendTile(const BlockWork& w, int64_t rows, int64_t key_dim, int64_t count
 
 // Unpacks a key as column `at` of the tile, and a value as row `at`. Keys are transposed four at a time.
 template <class K, class V>
-HWY_INLINE void PackRow(const BlockWork& w, const K* key, int64_t key_dim, const V* value, int64_t value_dim,
-                        int64_t at) {
-  LoadRow(key, static_cast<size_t>(key_dim), w.staged + at % 4 * w.dk);
+HWY_INLINE void PackRow(const BlockWork& w, const StoredRow<K>& key, int64_t key_dim, const StoredRow<V>& value,
+                        int64_t value_dim, int64_t at) {
+  LoadRow(key, key_dim, w.staged + at % 4 * w.dk);
   if (at % 4 == 3) TransposeFour(w.staged, w.dk, key_dim, w.keys + at - 3, kKeys);
-  LoadRow(value, static_cast<size_t>(value_dim), w.values + at * w.dv);
+  LoadRow(value, value_dim, w.values + at * w.dv);
 }
 
 // The tile's columns from `count` on: numbers, which nobody sees.
@@ -153,8 +153,7 @@ void AttendSlab(const Slab& slab, const float* log_weight, float exponent, const
     for (; next < slab.capacity && count < kKeys; ++next) {
       if (log_weight[next] == kMinusInfinity) continue;
       w.bias[count] = exponent * log_weight[next];
-      PackRow(w, static_cast<const T*>(slab.key) + next * dk, dk, static_cast<const T*>(slab.value) + next * dv, dv,
-              count++);
+      PackRow(w, KeyRow<T>(slab, next), dk, ValueRow<T>(slab, next), dv, count++);
     }
     if (count == 0) return;
     EndTile(w, dk, count);
@@ -173,8 +172,8 @@ void AttendOwn(const BlockArgs& args, int64_t key_dim, int64_t value_dim, const 
     const int64_t count = std::min(kKeys, end - base);
     for (int64_t j = 0; j < count; ++j) {
       w.bias[j] = 0;
-      const K* key = static_cast<const K*>(args.key.data) + (base + j) * args.key.stride;
-      const V* value = static_cast<const V*>(args.value.data) + (base + j) * args.value.stride;
+      const StoredRow<K> key{static_cast<const K*>(args.key.data) + (base + j) * args.key.stride};
+      const StoredRow<V> value{static_cast<const V*>(args.value.data) + (base + j) * args.value.stride};
       PackRow(w, key, key_dim, value, value_dim, j);
     }
     EndTile(w, key_dim, count);
@@ -184,7 +183,7 @@ void AttendOwn(const BlockArgs& args, int64_t key_dim, int64_t value_dim, const 
 
 void AttendRows(const Slab& slab, const float* log_weight, const BlockArgs& args, const BlockWork& w, int64_t first_row,
                 int64_t rows) {
-  WithType(slab.dtype, [&](auto type) { AttendSlab<decltype(type)>(slab, log_weight, args.exponent, w, rows); });
+  WithStorage(slab.dtype, [&](auto type) { AttendSlab<decltype(type)>(slab, log_weight, args.exponent, w, rows); });
   WithType(args.key.dtype, [&](auto k) {
     WithType(args.value.dtype, [&](auto v) {
       AttendOwn<decltype(k), decltype(v)>(args, slab.key_dim, slab.value_dim, w, first_row, rows);

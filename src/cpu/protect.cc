@@ -2,7 +2,7 @@
 // exact tail, mu being the mean key of the last full run of 256 departures. A departure costs one row of arithmetic, so this is plain code; the compiler vectorises the loops over
 // the dimension.
 #include "src/cpu/kernels.h"
-#include "src/cpu/scalar.h"
+#include "src/cpu/rows.h"
 
 namespace express::cpu {
 namespace {
@@ -10,11 +10,6 @@ namespace {
 // Scores are taken against the mean of a recent run of departed keys: keys that carry rotary positions drift, and a mean over
 // all of the past would let every newer key seem to lie far out.
 constexpr uint64_t kRun = 256;
-
-template <class T>
-const T* KeyRow(const Slab& slab, int32_t slot) {
-  return static_cast<const T*>(slab.key) + static_cast<int64_t>(slot) * slab.key_dim;
-}
 
 // The lowest score; among equals the youngest, since ties go to the older.
 int64_t Weakest(const Protection& p, const int64_t* position) {
@@ -28,10 +23,10 @@ int64_t Weakest(const Protection& p, const int64_t* position) {
 
 // Adds the key to the sum and returns its score.
 template <class T>
-float Score(Protection& p, const T* key, int64_t dim) {
+float Score(Protection& p, const StoredRow<T>& key, int64_t dim) {
   float score = 0;
   for (int64_t d = 0; d < dim; ++d) {
-    const float x = ToFloat(key[d]), centred = x - p.mean[d];
+    const float x = key[d], centred = x - p.mean[d];
     p.sum[d] += x;
     score += centred * centred;
   }
@@ -41,10 +36,10 @@ float Score(Protection& p, const T* key, int64_t dim) {
 }  // namespace
 
 void CentreOn(Protection& p, const Slab& slab, const int32_t* slots, int64_t count) {
-  WithType(slab.dtype, [&](auto type) {
+  WithStorage(slab.dtype, [&](auto type) {
     for (int64_t d = 0; d < slab.key_dim; ++d) {
       float sum = 0;
-      for (int64_t i = 0; i < count; ++i) sum += ToFloat(KeyRow<decltype(type)>(slab, slots[i])[d]);
+      for (int64_t i = 0; i < count; ++i) sum += KeyRow<decltype(type)>(slab, slots[i])[d];
       p.mean[d] = sum / static_cast<float>(count);
     }
   });
@@ -58,7 +53,7 @@ void Admit(Protection& p, const Slab& slab, int32_t slot, uint64_t ordinal) {
     }
   }
   const float score =
-      WithType(slab.dtype, [&](auto type) { return Score(p, KeyRow<decltype(type)>(slab, slot), slab.key_dim); });
+      WithStorage(slab.dtype, [&](auto type) { return Score(p, KeyRow<decltype(type)>(slab, slot), slab.key_dim); });
   if (p.count < p.capacity) {
     p.slot[p.count] = slot;
     p.score[p.count++] = score;

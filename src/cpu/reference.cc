@@ -81,6 +81,28 @@ Decision Coin(double r) { return {r < 0.5, true, 0, 0, r, kInfinity}; }
 
 }  // namespace
 
+Quantised Quantise(const std::vector<float>& x) {
+  Quantised out{0, std::vector<int>(x.size())};
+  double largest = 0;
+  for (const float e : x) {
+    if (!std::isfinite(e)) return {std::nan(""), out.code};
+    largest = std::max(largest, std::abs(static_cast<double>(e)));
+  }
+  if (largest == 0) return out;
+  // 8 binary digits: scale = digits * 2^exponent with digits in [128, 256), rounded up.
+  const auto exact = static_cast<double>(static_cast<float>(std::max(largest / 127, 0x1p-126)));
+  const int exponent = std::ilogb(exact) - 7;
+  out.scale = std::ldexp(std::ceil(std::ldexp(exact, -exponent)), exponent);
+  for (size_t i = 0; i < x.size(); ++i) {
+    // The nearest integer; of two as near, the even one.
+    const double quotient = static_cast<double>(static_cast<float>(static_cast<double>(x[i]) / out.scale));
+    const double below = std::floor(quotient), rest = quotient - below;
+    const auto integer = static_cast<int>(below);
+    out.code[i] = rest > 0.5 || (rest == 0.5 && integer % 2 != 0) ? integer + 1 : integer;
+  }
+  return out;
+}
+
 Halved Halve(const Matrix& key, const Matrix& value, const cpu::HalveParams& params, const StreamKey& stream,
              uint64_t number) {
   const int64_t pairs = key.rows / 2;

@@ -22,6 +22,17 @@ struct Matrix {
   const double* row(int64_t i) const { return data.data() + i * columns; }
 };
 
+// ---- 8-bit storage ----
+
+// Row x in codes: scale = the smallest bfloat16 that is not below max |x| / 127 (in f32, and at least the smallest normal
+// number), code = x / scale (in f32) to the nearest, ties to even. Zeros: scale 0. Anything not finite: scale NaN. Codes are 0
+// in both cases.
+struct Quantised {
+  double scale;
+  std::vector<int> code;
+};
+Quantised Quantise(const std::vector<float>& x);
+
 // ---- halving (DESIGN 3.1) ----
 
 // What was decided about pair a, before the complement.

@@ -4,6 +4,7 @@
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
 
 #include "express/types.h"
 
@@ -17,6 +18,12 @@ __extension__ typedef _Float16 Half;
 struct BFloat16 {
   uint16_t bits;
 };
+// An element of a row that is stored in 8 bits: its number, once multiplied by the row's scale.
+struct Int8 {
+  int8_t code;
+};
+template <class T>
+inline constexpr bool kScaled = std::is_same_v<T, Int8>;
 
 inline constexpr float kLog2E = 1.44269504088896341f;
 // Products of finite queries and keys beyond this count as this: differences of two logits must not overflow.
@@ -24,6 +31,7 @@ inline constexpr float kLargestLogit = 1e38f;
 
 inline float ToFloat(float x) { return x; }
 inline float ToFloat(Half x) { return static_cast<float>(x); }
+inline float ToFloat(Int8 x) { return x.code; }  // not scaled
 inline float ToFloat(BFloat16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 // Rounds to nearest even; NaN stays NaN.
@@ -48,6 +56,11 @@ auto WithType(DType dtype, const Body& body) {
     default:
       return body(float());
   }
+}
+// The same for what slabs hold: of the floating types, or in 8 bits.
+template <class Body>
+auto WithStorage(DType dtype, const Body& body) {
+  return dtype == DType::kI8 ? body(Int8()) : WithType(dtype, body);
 }
 
 }  // namespace express::cpu

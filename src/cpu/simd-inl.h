@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "hwy/highway.h"
+#include "src/cpu/rows.h"
 #include "src/cpu/scalar.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -87,6 +88,17 @@ HWY_INLINE hn::Vec<F32> LoadF32(F32 d, const Half* p) {
   }
 }
 HWY_INLINE hn::Vec<F32> LoadF32(F32 d, const BFloat16* p) { return hn::BitCast(d, hn::ShiftLeft<16>(LoadBits16(p))); }
+HWY_INLINE hn::Vec<F32> LoadF32(F32 d, const Int8* p) {  // codes, not scaled
+  const hn::Rebind<int8_t, F32> d8;
+  const hn::RebindToSigned<F32> di;
+  return hn::ConvertTo(d, hn::PromoteTo(di, hn::LoadU(d8, &p->code)));
+}
+// Elements of a row from `at` on.
+template <class T>
+HWY_INLINE hn::Vec<F32> LoadF32(F32 d, const StoredRow<T>& row, int64_t at) {
+  if constexpr (kScaled<T>) return hn::Mul(LoadF32(d, row.data + at), hn::Set(d, row.scale));
+  return LoadF32(d, row.data + at);
+}
 
 // Stores f32 lanes in another type, rounded to nearest even.
 HWY_INLINE void StoreF32(hn::Vec<F32> v, F32 d, float* p) { hn::StoreU(v, d, p); }
@@ -135,12 +147,12 @@ HWY_INLINE float DotRow(const float* HWY_RESTRICT a, const T* HWY_RESTRICT b, si
 
 // Copies `count` elements as f32.
 template <class T>
-HWY_INLINE void LoadRow(const T* HWY_RESTRICT from, size_t count, float* HWY_RESTRICT to) {
+HWY_INLINE void LoadRow(const StoredRow<T>& from, int64_t count, float* HWY_RESTRICT to) {
   const F32 d;
-  const size_t lanes = hn::Lanes(d);
-  size_t i = 0;
-  for (; i + lanes <= count; i += lanes) hn::StoreU(LoadF32(d, from + i), d, to + i);
-  for (; i < count; ++i) to[i] = ToFloat(from[i]);
+  const auto lanes = static_cast<int64_t>(hn::Lanes(d));
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) hn::StoreU(LoadF32(d, from, i), d, to + i);
+  for (; i < count; ++i) to[i] = from[i];
 }
 
 // to[i * stride + r] = rows[r * row_stride + i] for r < 4, i < dim.

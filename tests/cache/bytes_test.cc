@@ -64,7 +64,7 @@ int64_t SmallestBytes(Config c) {
 
 TEST(Bytes, ABudgetInBytesIsTheLargestThatFits) {
   for (const bool profile : {false, true})
-    for (const DType dtype : {DType::kF32, DType::kBF16})
+    for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8})
       for (const int64_t more_bytes : {0, 1, 5'000, 12'345, 1'000'000}) {
         Config c = SmallConfig();
         c.dtype = dtype;
@@ -99,6 +99,21 @@ TEST(Bytes, TooFewBytesAreRefusedWithTheSmallestNumberThatWorks) {
   EXPECT_EQ(ExpressCache::Size(c, nullptr, nullptr).code(), StatusCode::kBudgetTooSmall);
 }
 
+// An entry in 8 bits is its codes and two scales of two bytes.
+TEST(Bytes, AnEntryInEightBits) {
+  const auto of = [](DType dtype, int64_t budget) {
+    Config c = SmallConfig();
+    c.dtype = dtype;
+    c.budget = budget;
+    int64_t bytes = 0;
+    EXPECT_OK(ExpressCache::Size(c, &bytes, nullptr));
+    return bytes;
+  };
+  const Config c = SmallConfig();
+  const int64_t dims = c.key_dim + c.value_dim, entries = c.layers * c.kv_heads * 1024;
+  EXPECT_EQ(of(DType::kBF16, 1024) - of(DType::kI8, 1024), entries * (2 * dims - (dims + 4)));
+}
+
 // One head may get nearly all of the budget.
 TEST(Bytes, ABudgetInBytesWithUnevenShares) {
   static const std::vector<float> share = {1, 1, 1, 5000};
@@ -128,10 +143,11 @@ TEST(Bytes, BytesNeverChange) {
 
 #if EXPRESS_COUNTS_ALLOCATIONS
 TEST(Bytes, CreationAllocatesWhatIsReportedAndNothingIsAllocatedLater) {
-  for (int kind = 0; kind < 3; ++kind) {
+  for (int kind = 0; kind < 5; ++kind) {
     Config c = SmallConfig();
     c.schedule = kind == 0 ? Schedule::kRounds : Schedule::kBudget;
-    c.head_budgets = kind == 2 ? HeadBudgets::kObserved : HeadBudgets::kFixed;
+    c.head_budgets = kind == 2 || kind == 4 ? HeadBudgets::kObserved : HeadBudgets::kFixed;
+    c.dtype = kind >= 3 ? DType::kI8 : DType::kF32;
     c.budget = 500;
     c.rollback_reserve = 4;
     const Stream s(c, 3000);

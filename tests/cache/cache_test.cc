@@ -89,14 +89,16 @@ TEST(Cache, WeightsSumToTokensAndTheWindowIsExactAfterEveryAppend) {
 }
 
 TEST(Cache, AttendsAsTheExportedWeightsSayForEveryExponent) {
-  for (const double exponent : {0.0, 0.5, 1.0}) {
-    Config c = SmallConfig();
-    c.weight_exponent = exponent;
-    ExpressCache cache = Make(c);
-    const Stream s(c, 1000);
-    ASSERT_OK(Append(cache, c, 1, s, 0, s.n));
-    for (int64_t token : {0, 500, 999}) ExpectAttendsAsExported(cache, c, 1, s, token);
-  }
+  for (const DType dtype : {DType::kF32, DType::kI8})
+    for (const double exponent : {0.0, 0.5, 1.0}) {
+      Config c = SmallConfig();
+      c.dtype = dtype;
+      c.weight_exponent = exponent;
+      ExpressCache cache = Make(c);
+      const Stream s(c, 1000);
+      ASSERT_OK(Append(cache, c, 1, s, 0, s.n));
+      for (int64_t token : {0, 500, 999}) ExpectAttendsAsExported(cache, c, 1, s, token);
+    }
 }
 
 TEST(Cache, AnEmptyCacheAttendsToNothing) {
@@ -205,7 +207,7 @@ void ExpectNear(const Output& a, const Output& b, float tolerance) {
 }
 
 TEST(Cache, PrefillIsExactWhileTheBudgetIsNotExceeded) {
-  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kI8}) {
     Config c = SmallConfig();
     c.dtype = dtype;
     c.budget = 200;
@@ -259,25 +261,28 @@ TEST(Cache, ShortPromptsGetExactAttentionAndLeaveTheSameCache) {
 }
 
 TEST(Cache, PrefillInChunksOfWholeBlocksEqualsPrefillInOne) {
-  const Config c = SmallConfig();  // blocks of 16
-  const Stream s(c, 400);
-  ExpressCache whole = Make(c), chunks = Make(c);
-  const Output all = Prefill(whole, c, 0, s, 0, s.n);
-  Output joined;
-  for (auto [begin, end] : {std::pair<int64_t, int64_t>{0, 48}, {48, 64}, {64, 320}, {320, 400}}) {
-    const Output part = Prefill(chunks, c, 0, s, begin, end);
-    joined.out.insert(joined.out.end(), part.out.begin(), part.out.end());
-    joined.lse.insert(joined.lse.end(), part.lse.begin(), part.lse.end());
+  for (const DType dtype : {DType::kF32, DType::kI8}) {
+    Config c = SmallConfig();  // blocks of 16
+    c.dtype = dtype;
+    const Stream s(c, 400);
+    ExpressCache whole = Make(c), chunks = Make(c);
+    const Output all = Prefill(whole, c, 0, s, 0, s.n);
+    Output joined;
+    for (auto [begin, end] : {std::pair<int64_t, int64_t>{0, 48}, {48, 64}, {64, 320}, {320, 400}}) {
+      const Output part = Prefill(chunks, c, 0, s, begin, end);
+      joined.out.insert(joined.out.end(), part.out.begin(), part.out.end());
+      joined.lse.insert(joined.lse.end(), part.lse.begin(), part.lse.end());
+    }
+    EXPECT_TRUE(all == joined);
+    EXPECT_TRUE(ExportAll(whole, c) == ExportAll(chunks, c));
+    // Any cut leaves the same cache, and so does append.
+    ExpressCache odd = Make(c), appended = Make(c);
+    Prefill(odd, c, 0, s, 0, 37);
+    Prefill(odd, c, 0, s, 37, 400);
+    ASSERT_OK(Append(appended, c, 0, s, 0, s.n));
+    EXPECT_TRUE(ExportAll(whole, c) == ExportAll(odd, c));
+    EXPECT_TRUE(ExportAll(whole, c) == ExportAll(appended, c));
   }
-  EXPECT_TRUE(all == joined);
-  EXPECT_TRUE(ExportAll(whole, c) == ExportAll(chunks, c));
-  // Any cut leaves the same cache, and so does append.
-  ExpressCache odd = Make(c), appended = Make(c);
-  Prefill(odd, c, 0, s, 0, 37);
-  Prefill(odd, c, 0, s, 37, 400);
-  ASSERT_OK(Append(appended, c, 0, s, 0, s.n));
-  EXPECT_TRUE(ExportAll(whole, c) == ExportAll(odd, c));
-  EXPECT_TRUE(ExportAll(whole, c) == ExportAll(appended, c));
 }
 
 TEST(Cache, DecodingByPrefillOfOneTokenIsAppendThenAttendWhileExact) {
@@ -297,28 +302,31 @@ void BackwardFor(void*, int64_t count, void (*body)(void*, int64_t, int32_t), vo
 }
 
 TEST(Cache, ResultsDoNotDependOnThreads) {
-  Config c = SmallConfig();
-  c.kv_heads = 3;
-  c.query_heads = 3;
-  c.key_dim = c.value_dim = 64;
-  c.budget = 5000;
-  c.prefill_block = 512;
-  const Stream s(c, 8000);
-  std::vector<Output> outputs;
-  std::vector<std::vector<Held>> held;
-  for (int kind = 0; kind < 3; ++kind) {
-    c.threads = kind == 0 ? 1 : 3;
-    c.parallel_for = kind == 2 ? BackwardFor : nullptr;
-    ExpressCache cache = Make(c);
-    outputs.push_back(Prefill(cache, c, 0, s, 0, s.n));
-    const Output decode = Attend(cache, c, 0, s, 7, 8);  // one token: split over slots
-    outputs.back().out.insert(outputs.back().out.end(), decode.out.begin(), decode.out.end());
-    held.push_back(ExportAll(cache, c));
+  for (const DType dtype : {DType::kF32, DType::kI8}) {
+    Config c = SmallConfig();
+    c.dtype = dtype;
+    c.kv_heads = 3;
+    c.query_heads = 3;
+    c.key_dim = c.value_dim = 64;
+    c.budget = 5000;
+    c.prefill_block = 512;
+    const Stream s(c, 8000);
+    std::vector<Output> outputs;
+    std::vector<std::vector<Held>> held;
+    for (int kind = 0; kind < 3; ++kind) {
+      c.threads = kind == 0 ? 1 : 3;
+      c.parallel_for = kind == 2 ? BackwardFor : nullptr;
+      ExpressCache cache = Make(c);
+      outputs.push_back(Prefill(cache, c, 0, s, 0, s.n));
+      const Output decode = Attend(cache, c, 0, s, 7, 8);  // one token: split over slots
+      outputs.back().out.insert(outputs.back().out.end(), decode.out.begin(), decode.out.end());
+      held.push_back(ExportAll(cache, c));
+    }
+    EXPECT_TRUE(outputs[0] == outputs[1]);
+    EXPECT_TRUE(outputs[0] == outputs[2]);
+    EXPECT_TRUE(held[0] == held[1]);
+    EXPECT_TRUE(held[0] == held[2]);
   }
-  EXPECT_TRUE(outputs[0] == outputs[1]);
-  EXPECT_TRUE(outputs[0] == outputs[2]);
-  EXPECT_TRUE(held[0] == held[1]);
-  EXPECT_TRUE(held[0] == held[2]);
 }
 
 // An engine's own threads: as many as the context says, each a worker that takes the next task.
@@ -467,38 +475,75 @@ TEST(Cache, ProfilesGiveEveryHeadItsBudget) {
 }
 
 TEST(Cache, OneShotCompressionIsAppendAndExport) {
-  Config c = SmallConfig();
-  c.layers = 1;
-  c.window = 0;
-  c.protected_entries = 4;
-  const Stream s(c, 777);
-  ExpressCache cache = Make(c);
-  ASSERT_OK(Append(cache, c, 0, s, 0, s.n));
-  size_t bytes = 0;
-  ASSERT_OK(ExpressCache::CompressKvWorkspace(c, &bytes));
-  void* memory = std::aligned_alloc(64, bytes);
-  const auto size = static_cast<size_t>(c.kv_heads * c.budget);
-  std::vector<float> k(size * 16, NAN), v(size * 8, NAN), w(size, NAN);
-  std::vector<int64_t> position(size, -1);
-  const View<2> position_view(position.data(), {c.kv_heads, c.budget}, DType::kI64);
-  const Tensor position_tensor = position_view;
-  int64_t count = 0;
-  ASSERT_OK(ExpressCache::CompressKv(
-      c, View(s.k.data(), {s.n, c.kv_heads, c.key_dim}), View(s.v.data(), {s.n, c.kv_heads, c.value_dim}),
-      View(k.data(), {c.kv_heads, c.budget, c.key_dim}), View(v.data(), {c.kv_heads, c.budget, c.value_dim}),
-      View(w.data(), {c.kv_heads, c.budget}), &position_tensor, &count, {memory, bytes}));
-  for (int32_t g = 0; g < c.kv_heads; ++g) {
-    const Held held = Export(cache, c, 0, g);
-    ASSERT_EQ(static_cast<size_t>(count), held.position.size());
-    for (size_t j = 0; j < held.position.size(); ++j) {
-      const size_t row = static_cast<size_t>(g) * static_cast<size_t>(c.budget) + j;
-      EXPECT_EQ(position[row], held.position[j]);
-      EXPECT_EQ(w[row], held.log_weight[j]);
-      EXPECT_EQ(k[row * 16 + 5], held.k[j * 16 + 5]);
-      EXPECT_EQ(v[row * 8 + 5], held.v[j * 8 + 5]);
+  for (const DType dtype : {DType::kF32, DType::kI8}) {
+    Config c = SmallConfig();
+    c.dtype = dtype;
+    c.layers = 1;
+    c.window = 0;
+    c.protected_entries = 4;
+    const Stream s(c, 777);
+    ExpressCache cache = Make(c);
+    ASSERT_OK(Append(cache, c, 0, s, 0, s.n));
+    size_t bytes = 0;
+    ASSERT_OK(ExpressCache::CompressKvWorkspace(c, &bytes));
+    void* memory = std::aligned_alloc(64, bytes);
+    const auto size = static_cast<size_t>(c.kv_heads * c.budget);
+    std::vector<float> k(size * 16, NAN), v(size * 8, NAN), w(size, NAN);
+    std::vector<int64_t> position(size, -1);
+    const View<2> position_view(position.data(), {c.kv_heads, c.budget}, DType::kI64);
+    const Tensor position_tensor = position_view;
+    int64_t count = 0;
+    ASSERT_OK(ExpressCache::CompressKv(
+        c, View(s.k.data(), {s.n, c.kv_heads, c.key_dim}), View(s.v.data(), {s.n, c.kv_heads, c.value_dim}),
+        View(k.data(), {c.kv_heads, c.budget, c.key_dim}), View(v.data(), {c.kv_heads, c.budget, c.value_dim}),
+        View(w.data(), {c.kv_heads, c.budget}), &position_tensor, &count, {memory, bytes}));
+    for (int32_t g = 0; g < c.kv_heads; ++g) {
+      const Held held = Export(cache, c, 0, g);
+      ASSERT_EQ(static_cast<size_t>(count), held.position.size());
+      for (size_t j = 0; j < held.position.size(); ++j) {
+        const size_t row = static_cast<size_t>(g) * static_cast<size_t>(c.budget) + j;
+        EXPECT_EQ(position[row], held.position[j]);
+        EXPECT_EQ(w[row], held.log_weight[j]);
+        EXPECT_EQ(k[row * 16 + 5], held.k[j * 16 + 5]);
+        EXPECT_EQ(v[row * 8 + 5], held.v[j * 8 + 5]);
+      }
+    }
+    std::free(memory);
+  }
+}
+
+// A token that holds something that is not finite, in one head of one layer: its row is NaN until it leaves, other heads are as
+// without it, and config.validate refuses it.
+TEST(Cache, WhatIsNotFiniteStaysSo) {
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8}) {
+    Config c = SmallConfig();
+    c.dtype = dtype;
+    const Stream good(c, 40);
+    for (const float bad : {NAN, INFINITY, -INFINITY}) {
+      Stream s = good;
+      const size_t row = static_cast<size_t>(20 * c.kv_heads);  // of KV head 0
+      s.v[row * static_cast<size_t>(c.value_dim) + 3] = bad;
+      s.k[(row - 2) * static_cast<size_t>(c.key_dim) + 5] = bad;
+      ExpressCache cache = Make(c), clean = Make(c);
+      ASSERT_OK(Append(cache, c, 0, s, 0, 40));
+      ASSERT_OK(Append(clean, c, 0, good, 0, 40));
+      const Held held = Export(cache, c, 0, 0);
+      for (size_t j = 0; j < held.position.size(); ++j) {
+        EXPECT_EQ(std::isfinite(held.k[j * 16 + 5]), held.position[j] != 19) << held.position[j];
+        EXPECT_EQ(std::isfinite(held.v[j * 8 + 3]), held.position[j] != 20) << held.position[j];
+      }
+      const Output got = Attend(cache, c, 0, s, 39, 40), expected = Attend(clean, c, 0, s, 39, 40);
+      for (size_t h = 0; h < 6; ++h) {
+        EXPECT_EQ(std::isfinite(got.out[h * 8 + 3]), h >= 3) << h;
+        if (h < 3) continue;
+        for (size_t d = 0; d < 8; ++d) EXPECT_EQ(got.out[h * 8 + d], expected.out[h * 8 + d]);
+      }
+      c.validate = true;
+      ExpressCache strict = Make(c);
+      EXPECT_EQ(Append(strict, c, 0, s, 0, 40).code(), StatusCode::kNotFinite);
+      c.validate = false;
     }
   }
-  std::free(memory);
 }
 
 TEST(Cache, ResetIsAsNew) {

@@ -1,6 +1,7 @@
 // Budgets that follow observed attention (config.head_budgets).
 #include <algorithm>
 
+#include "src/cpu/reference.h"
 #include "tests/cache/testing.h"
 
 namespace express {
@@ -8,8 +9,9 @@ namespace {
 
 constexpr int64_t kMean = 128;
 
-Config ObservedConfig() {
+Config ObservedConfig(DType dtype = DType::kF32) {
   Config c = SmallConfig();
+  c.dtype = dtype;
   c.layers = 2;
   c.kv_heads = 3;
   c.query_heads = 6;
@@ -79,8 +81,9 @@ std::vector<char> Saved(const ExpressCache& cache) {
 }
 
 TEST(Observed, TheHeadThatLooksFarGetsMore) {
-  for (const int64_t chunk : {1, 16, 64}) {
-    const Config c = ObservedConfig();
+  for (const auto& [chunk, dtype] :
+       {std::pair{1, DType::kF32}, {16, DType::kF32}, {64, DType::kF32}, {1, DType::kI8}, {64, DType::kI8}}) {
+    const Config c = ObservedConfig(dtype);
     const Streams s(c, 3000);
     ExpressCache cache = Create(c);
     int64_t bytes = 0, now = 0;
@@ -143,8 +146,9 @@ TEST(Observed, ThreadsDoNotMatter) {
 }
 
 TEST(Observed, SavedAndCopiedCachesGoOn) {
-  for (const int64_t before : {60, 130, 300, 1200}) {
-    const Config c = ObservedConfig();
+  for (const auto& [before, dtype] :
+       {std::pair{60, DType::kF32}, {130, DType::kI8}, {300, DType::kF32}, {300, DType::kI8}, {1200, DType::kF32}}) {
+    const Config c = ObservedConfig(dtype);
     const Streams s(c, before + 500), t(c, 700);
     ExpressCache cache = Create(c);
     Feed(cache, c, s, 0, before, 20);
@@ -180,17 +184,45 @@ TEST(Observed, FixedAndObservedDoNotMix) {
 }
 
 TEST(Observed, ABudgetInBytesHolds) {
-  Config c = ObservedConfig();
-  c.budget_unit = BudgetUnit::kBytes;
-  c.budget = 300'000;
-  int64_t bytes = 0, mean = 0;
-  ASSERT_OK(ExpressCache::Size(c, &bytes, &mean));
-  EXPECT_LE(bytes, c.budget);
-  EXPECT_GT(mean, kMean);
-  const Streams s(c, 8 * mean);
+  for (const DType dtype : {DType::kF32, DType::kI8}) {
+    Config c = ObservedConfig(dtype);
+    c.budget_unit = BudgetUnit::kBytes;
+    c.budget = 300'000;
+    int64_t bytes = 0, mean = 0;
+    ASSERT_OK(ExpressCache::Size(c, &bytes, &mean));
+    EXPECT_LE(bytes, c.budget);
+    EXPECT_GT(mean, kMean);
+    const Streams s(c, 8 * mean);
+    ExpressCache cache = Create(c);
+    Feed(cache, c, s, 0, 8 * mean, 64);
+    EXPECT_GT(Entries(cache, c)[5], 2 * mean);
+  }
+}
+
+// What moves when budgets change keeps its codes and its scales: every entry is one of the tokens, rounded once.
+TEST(Observed, EntriesInEightBitsKeepTheirScales) {
+  const Config c = ObservedConfig(DType::kI8);
+  const Streams s(c, 2000);
   ExpressCache cache = Create(c);
-  Feed(cache, c, s, 0, 8 * mean, 64);
-  EXPECT_GT(Entries(cache, c)[5], 2 * mean);
+  Feed(cache, c, s, 0, 2000, 40);
+  const auto expect_stored = [](const std::vector<float>& held, size_t row, const std::vector<float>& all, int64_t at,
+                                int32_t dim) {
+    const std::vector<float> x(all.begin() + at * dim, all.begin() + (at + 1) * dim);
+    const reference::Quantised codes = reference::Quantise(x);
+    for (size_t d = 0; d < x.size(); ++d)
+      ASSERT_EQ(held[row * x.size() + d], static_cast<float>(codes.scale * codes.code[d]));
+  };
+  int64_t most = 0;
+  for (int32_t layer = 0; layer < c.layers; ++layer)
+    for (int32_t g = 0; g < c.kv_heads; ++g) {
+      const Held held = Export(cache, c, layer, g);
+      most = std::max<int64_t>(most, static_cast<int64_t>(held.position.size()));
+      for (size_t i = 0; i < held.position.size(); ++i) {
+        expect_stored(held.k, i, s.layer[layer].k, held.position[i] * c.kv_heads + g, c.key_dim);
+        expect_stored(held.v, i, s.layer[layer].v, held.position[i] * c.kv_heads + g, c.value_dim);
+      }
+    }
+  EXPECT_GT(most, 2 * kMean);  // budgets have changed
 }
 
 // AUTO, the default: where nothing speaks against it.

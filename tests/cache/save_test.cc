@@ -30,7 +30,7 @@ std::vector<Config> Configs() {
   std::vector<Config> configs;
   std::mt19937 rng(9);
   for (const Schedule schedule : {Schedule::kBudget, Schedule::kRounds})
-    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+    for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kI8})
       for (const int64_t protect : {0, 7}) {
         Config c = SmallConfig();
         c.schedule = schedule;
@@ -125,7 +125,11 @@ TEST(Save, WhatCannotBeLoadedChangesNothing) {
     return bytes;
   };
   refused(changed(0), StatusCode::kInvalidArgument, "not a saved cache");
-  refused(changed(8), StatusCode::kUnsupported, "format");
+  for (const char format : {1, 4}) {
+    std::vector<char> bytes = data;
+    bytes[8] = format;
+    refused(bytes, StatusCode::kUnsupported, "format");
+  }
   refused(changed(24), StatusCode::kInvalidArgument, "another configuration");
   for (const size_t at : {size_t{32}, size_t{40}, data.size() / 2, data.size() - 1})
     refused(changed(at), StatusCode::kInvalidArgument, "checksum");
@@ -135,7 +139,17 @@ TEST(Save, WhatCannotBeLoadedChangesNothing) {
   EXPECT_EQ(status.code(), StatusCode::kBufferTooSmall) << status.message();
   EXPECT_EQ(std::count(small.begin(), small.end(), 7), static_cast<int64_t>(small.size()));
 
-  Config others[] = {c, c, c, c, c};
+  // The format of 8-bit storage is one that readers of the other's refuse.
+  Config eight = c;
+  eight.dtype = DType::kI8;
+  ExpressCache of_eight;
+  ASSERT_OK(ExpressCache::Create(eight, &of_eight));
+  const std::vector<char> in_eight = Saved(of_eight);
+  EXPECT_EQ(data[8], 2);
+  EXPECT_EQ(in_eight[8], 3);
+  EXPECT_EQ(of_eight.Load(data.data(), data.size()).code(), StatusCode::kInvalidArgument);
+
+  Config others[] = {c, c, c, c, c, eight};
   others[0].seed = 6;
   others[1].budget = 65;
   others[2].dtype = DType::kF16;

@@ -9,6 +9,7 @@
 #include <random>
 
 #include "src/core/random.h"
+#include "src/cpu/reference.h"
 #include "tests/cache/testing.h"
 
 namespace express {
@@ -25,9 +26,12 @@ class SlowHead {
  public:
   SlowHead(const Shape& shape, const StreamKey& key) : s_(shape), key_(key) {}
 
-  void Append(const std::vector<float>& k) {  // the token's key
+  void Append(const std::vector<float>& k,
+              const std::vector<float>& v) {  // the token's key and value, as they are stored
     keys_.resize(static_cast<size_t>(tokens_));
+    values_.resize(static_cast<size_t>(tokens_));
     keys_.push_back(k);
+    values_.push_back(v);
     const int64_t token = tokens_++;
     if (static_cast<int64_t>(sinks_.size()) < s_.sinks) {
       sinks_.push_back(token);
@@ -56,6 +60,8 @@ class SlowHead {
            static_cast<int64_t>(protected_.size()) + ((s_.coreset - population_ + 1) << bottom_) - reservoir_weight_ -
            1;
   }
+  const std::vector<float>& key(int64_t token) const { return keys_[static_cast<size_t>(token)]; }
+  const std::vector<float>& value(int64_t token) const { return values_[static_cast<size_t>(token)]; }
   // position -> weight
   std::map<int64_t, int64_t> Entries() const {
     std::map<int64_t, int64_t> all;
@@ -171,7 +177,7 @@ class SlowHead {
 
   Shape s_;
   StreamKey key_;
-  std::vector<std::vector<float>> keys_;
+  std::vector<std::vector<float>> keys_, values_;
   std::vector<int64_t> sinks_;
   std::deque<int64_t> tail_;
   std::vector<Guarded> protected_;
@@ -203,6 +209,7 @@ class Sequence {
     c_.first_layer = static_cast<int32_t>(Pick(0, 9));
     c_.first_kv_head = static_cast<int32_t>(Pick(0, 9));
     c_.threads = static_cast<int32_t>(Pick(1, 2));
+    c_.dtype = seed % 2 == 0 ? DType::kI8 : DType::kF32;
     EXPECT_OK(ExpressCache::Create(c_, &cache_));
     EXPECT_OK(ExpressCache::Create(c_, &other_));
     Clear();
@@ -258,9 +265,17 @@ class Sequence {
     }
     for (int64_t t = 0; t < n; ++t)
       for (int32_t g = 0; g < c_.kv_heads; ++g) {
-        const auto row = s.k.begin() + (t * c_.kv_heads + g) * c_.key_dim;
-        head(layer, g).Append(std::vector<float>(row, row + c_.key_dim));
+        const auto k = s.k.begin() + (t * c_.kv_heads + g) * c_.key_dim;
+        const auto v = s.v.begin() + (t * c_.kv_heads + g) * c_.value_dim;
+        head(layer, g).Append(Stored({k, k + c_.key_dim}), Stored({v, v + c_.value_dim}));
       }
+  }
+  // A row as it is once stored: rounded once, never again.
+  std::vector<float> Stored(std::vector<float> row) const {
+    if (c_.dtype != DType::kI8) return row;
+    const reference::Quantised codes = reference::Quantise(row);
+    for (size_t d = 0; d < row.size(); ++d) row[d] = static_cast<float>(codes.scale * codes.code[d]);
+    return row;
   }
   void Rollback() {
     int64_t available = 0, expected = std::numeric_limits<int64_t>::max();
@@ -305,6 +320,12 @@ class Sequence {
         for (size_t j = 0; j < held.position.size(); ++j)
           entries[held.position[j]] = std::llround(std::exp(static_cast<double>(held.log_weight[j])));
         ASSERT_EQ(entries, head(layer, g).Entries()) << "layer " << layer << " head " << g;
+        for (size_t j = 0; j < held.position.size(); ++j) {
+          const auto k = held.k.begin() + static_cast<int64_t>(j) * c_.key_dim;
+          const auto v = held.v.begin() + static_cast<int64_t>(j) * c_.value_dim;
+          ASSERT_TRUE(std::equal(k, k + c_.key_dim, head(layer, g).key(held.position[j]).begin()));
+          ASSERT_TRUE(std::equal(v, v + c_.value_dim, head(layer, g).value(held.position[j]).begin()));
+        }
       }
   }
 

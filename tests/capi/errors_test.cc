@@ -113,7 +113,11 @@ TEST_F(Errors, ConfigFields) {
   ExpectConfig(bad, "scale", [](express_config& c) { c.scale = 0; });
   ExpectConfig(bad, "scale", [](express_config& c) { c.scale = NAN; });
   ExpectConfig(bad, "dtype", [](express_config& c) { c.dtype = 99; });
-  ExpectConfig(EXPRESS_STATUS_UNSUPPORTED, "dtype", [](express_config& c) { c.dtype = 3; });
+  ExpectConfig(EXPRESS_STATUS_UNSUPPORTED, "dtype", [](express_config& c) { c.dtype = 4; });
+  ExpectConfig(EXPRESS_STATUS_UNSUPPORTED, "config.dtype: I8 (3) is stored on the CPU only", [](express_config& c) {
+    c.dtype = EXPRESS_DTYPE_I8;
+    c.device_type = EXPRESS_DEVICE_CUDA;
+  });
   // Dims of 8 and 4, or no device at all: tests/package/no_gpu.c has the status of each.
   ExpectConfig(bad, "device_type", [](express_config& c) { c.device_type = 3; });
   ExpectConfig(bad, "device_type", [](express_config& c) { c.device_type = 0; });
@@ -288,8 +292,10 @@ TEST_F(Errors, ShapesStridesTypesAndDevices) {
   t.strides = huge;
   Expect(EXPRESS_STATUS_SIZE_OVERFLOW, "k", append(t, v));
   t = k;
-  t.dtype = EXPRESS_DTYPE_I64;
-  Expect(EXPRESS_STATUS_DTYPE_MISMATCH, "k.dtype", append(t, v));
+  for (const int32_t dtype : {EXPRESS_DTYPE_I64, EXPRESS_DTYPE_I8}) {
+    t.dtype = dtype;
+    Expect(EXPRESS_STATUS_DTYPE_MISMATCH, "k.dtype", append(t, v));
+  }
   t = v;
   t.dtype = 55;
   Expect(EXPRESS_STATUS_DTYPE_MISMATCH, "v.dtype", append(k, t));

@@ -161,6 +161,60 @@ TEST_P(AttendTest, OverflowingLogitsStayFinite) {
   for (const float x : o.lse) EXPECT_TRUE(std::isfinite(x));
 }
 
+// A value in 8 bits that was not finite shows; a free one does not.
+TEST_P(AttendTest, NaNInEightBitsReachesTheOutput) {
+  std::mt19937 rng(8);
+  TestSlab s = RandomSlab(DType::kI8, 100, 32, 24, 1.0, rng);
+  const std::vector<float> q = Queries(5, 32, 2, rng);
+  s.scale[70].value = 0x7FC0;
+  for (const float x : Attend(s, 1.0f, q, 5, {40, 100}).out) EXPECT_TRUE(std::isnan(x));
+  s.log_weight[70] = kFree;
+  ExpectReference(s, 1.0f, q, 5, Attend(s, 1.0f, q, 5, {40, 100}), 2e-5);
+}
+
+// Rows of very different sizes: scales from 1e-30 to 1e3.
+TEST_P(AttendTest, ScalesOfEverySize) {
+  std::mt19937 rng(9);
+  std::normal_distribution<float> normal;
+  TestSlab s(DType::kI8, 150, 40, 24);
+  for (int64_t i = 0; i < 150; ++i) {
+    const float size = std::pow(10.0f, static_cast<float>(static_cast<int64_t>(rng() % 34) - 30));
+    const auto draw_key = [&] { return std::min(size, 1.0f) * normal(rng); };
+    const auto draw_value = [&] { return size * normal(rng); };
+    s.Fill(i, draw_key, draw_value, i);
+    s.log_weight[static_cast<size_t>(i)] = i % 7 == 3 ? kFree : 0;
+  }
+  const std::vector<float> q = Queries(6, 40, 3, rng);
+  ExpectReference(s, 1.0f, q, 6, Attend(s, 1.0f, q, 6, {150}), 1e-2);  // of outputs up to 1e3
+}
+
+// The softmax state over chosen slots, which observed budgets are settled by.
+TEST_P(AttendTest, AttendsChosenSlots) {
+  std::mt19937 rng(10);
+  for (const DType dtype : kStorage)
+    for (const int32_t dim : {3, 64, 70}) {
+      TestSlab s = RandomSlab(dtype, 90, dim, dim, 1.0, rng);
+      const std::vector<float> q = Queries(5, dim, 2, rng);
+      const std::vector<int32_t> slots = RandomSlots(rng, 90, 47);
+      std::vector<float> bias, max(5, kFree), sum(5, 0.0f);
+      std::vector<float> log_weight(90, kFree);
+      for (const int32_t slot : slots) {
+        bias.push_back(static_cast<float>(rng() % 4));
+        log_weight[static_cast<size_t>(slot)] = bias.back();
+      }
+      AttendSlots(s.slab, slots.data(), bias.data(), 20, q.data(), 5, max.data(), sum.data());
+      AttendSlots(s.slab, slots.data() + 20, bias.data() + 20, 27, q.data(), 5, max.data(), sum.data());
+      for (size_t r = 0; r < 5; ++r) {
+        const std::vector<double> row(q.begin() + static_cast<int64_t>(r) * dim,
+                                      q.begin() + static_cast<int64_t>(r + 1) * dim);
+        const double lse = reference::Attend(row.data(), 1.0, All(s.key, dim), All(s.value, dim), log_weight, 1.0).lse;
+        ASSERT_NEAR(static_cast<double>(max[r]) + std::log(static_cast<double>(sum[r])), lse,
+                    2e-5 * (1 + std::abs(lse)))
+            << Name(dtype) << " " << dim;
+      }
+    }
+}
+
 // The same bits wherever the slab, the queries and the outputs lie.
 TEST_P(AttendTest, AlignmentDoesNotMatter) {
   std::mt19937 rng(6);
@@ -188,7 +242,7 @@ TEST_P(AttendTest, FinishWritesRows) {
   const TestSlab s = RandomSlab(DType::kF32, 60, 8, 11, 1.0, rng);
   const std::vector<float> q = Queries(3, 8, 1, rng);
   const Outputs expected = Attend(s, 1.0f, q, 3, {60});
-  for (const DType dtype : kStorage) {
+  for (const DType dtype : kFloating) {
     State state(3, 11);
     AttendPartial(s.slab, s.log_weight.data(), 1.0f, 0, 60, q.data(), 3, state.view());
     Buffer out(dtype, 2 * 20 + 11);

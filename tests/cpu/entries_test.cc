@@ -106,7 +106,7 @@ TEST_P(EntriesTest, KeepsNaNInEveryLane) {
 
 TEST_P(EntriesTest, AllFiniteFindsTheOne) {
   const float infinity = std::numeric_limits<float>::infinity();
-  for (const DType dtype : kStorage) {
+  for (const DType dtype : kFloating) {
     EXPECT_TRUE(AllFinite(nullptr, dtype, 0));
     for (const int64_t count : {1, 7, 16, 33, 67}) {
       Buffer data(dtype, count);
@@ -127,7 +127,7 @@ TEST_P(EntriesTest, AllFiniteFindsTheOne) {
 TEST_P(EntriesTest, WritesItsSlotsOnly) {
   std::mt19937 rng(2);
   std::normal_distribution<float> normal;
-  for (const DType from : kStorage)
+  for (const DType from : kFloating)
     for (const DType to : kStorage) {
       constexpr int64_t kCapacity = 9, kCount = 4, kKeyDim = 37, kValueDim = 5;
       TestSlab s(to, kCapacity, kKeyDim, kValueDim);
@@ -146,16 +146,128 @@ TEST_P(EntriesTest, WritesItsSlotsOnly) {
         }
         const int64_t row = found - slots.begin();
         EXPECT_EQ(s.position[static_cast<size_t>(slot)], 1000 + row);
-        Buffer expected(to, 1);
-        for (int64_t d = 0; d < kKeyDim; ++d) {
-          expected.Set(0, key.Get(row * 40 + d));
-          ASSERT_EQ(s.key.Get(slot * kKeyDim + d), expected.Get(0)) << Name(from) << " to " << Name(to);
-        }
-        for (int64_t d = 0; d < kValueDim; ++d) {
-          expected.Set(0, value.Get(row * 11 + d));
-          ASSERT_EQ(s.value.Get(slot * kValueDim + d), expected.Get(0)) << Name(from) << " to " << Name(to);
+        TestSlab expected(to, 1, kKeyDim, kValueDim);
+        int64_t k = row * 40, v = row * 11;
+        expected.Fill(
+            0, [&] { return key.Get(k++); }, [&] { return value.Get(v++); }, 1000 + row);
+        ASSERT_EQ(s.Entry(slot), expected.Entry(0)) << Name(from) << " to " << Name(to);
+      }
+    }
+}
+
+// Rows to be stored in 8 bits, of `dim` elements: of every size, with one large element, with ties, constant, zero, tiny, huge.
+std::vector<std::vector<float>> RowsToQuantise(int64_t dim) {
+  const auto n = static_cast<size_t>(dim);
+  const float max = std::numeric_limits<float>::max(), tiny = std::numeric_limits<float>::denorm_min();
+  std::vector<std::vector<float>> rows;
+  for (const float x :
+       {0.0f, -0.0f, 1.0f, -3e-5f, max, -max, tiny, -tiny, 127 * tiny, 0x1p-126f, 127 * 0x1p-126f, 1e-38f})
+    rows.emplace_back(n, x);
+  std::mt19937 rng(7);
+  std::normal_distribution<float> normal;
+  for (int exponent = -150; exponent <= 120; exponent += 5) {
+    rows.emplace_back();
+    for (size_t i = 0; i < n; ++i) rows.back().push_back(std::ldexp(normal(rng), exponent));
+  }
+  for (const float outlier : {1e3f, -1e6f, 1e30f, max, -max}) {
+    rows.emplace_back();
+    for (size_t i = 0; i < n; ++i) rows.back().push_back(normal(rng));
+    rows.back()[rng() % n] = outlier;
+  }
+  // Halves of codes, whose scale is a power of two: the largest is 127 of them.
+  for (const float scale : {1.0f, 0x1p-20f, 0x1p100f}) {
+    rows.emplace_back();
+    for (size_t i = 0; i < n; ++i) rows.back().push_back(scale * 0.5f * (static_cast<float>(rng() % 509) - 254));
+    rows.back()[rng() % n] = 127 * scale;
+  }
+  // Just above and below what a bfloat16 scale holds.
+  for (const uint16_t bits : {0x3F80, 0x3F81, 0x3FFF, 0x0080, 0x7B00}) {
+    const float largest = 127 * ToFloat(BFloat16{bits});
+    for (const float x : {largest, std::nextafter(largest, 0.0f), std::nextafter(largest, max)})
+      rows.emplace_back(n, x);
+  }
+  return rows;
+}
+
+// Codes and scales are those of the formula on every target, and what is read back is within half a scale.
+TEST_P(EntriesTest, QuantisesAsTheFormula) {
+  for (const int64_t dim : {1, 3, 16, 37, 64, 67})
+    for (const std::vector<float>& x : RowsToQuantise(dim)) {
+      const auto d32 = static_cast<int32_t>(dim);
+      TestSlab s(DType::kI8, 2, d32, d32), expected(DType::kI8, 2, d32, d32);
+      const int32_t slot = 1;
+      std::vector<float> reversed(x.rbegin(), x.rend());
+      WriteEntries(s.slab, &slot, 1, 5, {x.data(), dim, DType::kF32}, {reversed.data(), dim, DType::kF32});
+      size_t k = 0, v = 0;
+      expected.Fill(
+          1, [&] { return x[k++]; }, [&] { return reversed[v++]; }, 5);
+      ASSERT_EQ(s.Entry(1), expected.Entry(1)) << testing::PrintToString(x);
+      ASSERT_EQ(s.Entry(0), expected.Entry(0));
+      const double scale = static_cast<double>(ToFloat(BFloat16{s.scale[1].key}));
+      double largest = 0;
+      for (const float e : x) largest = std::max(largest, std::abs(static_cast<double>(e)));
+      EXPECT_LE(scale, std::max(largest / 127 * (1 + 0x1p-7) * (1 + 0x1p-23), largest > 0 ? 0x1p-126 : 0.0));
+      EXPECT_LE(largest, scale * 127 * (1 + 0x1p-23));
+      std::vector<float> back(x.size()), back_value(x.size());
+      ReadEntry(s.slab, 1, {back.data(), 0, DType::kF32}, {back_value.data(), 0, DType::kF32});
+      for (size_t i = 0; i < x.size(); ++i) {
+        ASSERT_TRUE(std::isfinite(back[i])) << x[i];
+        ASSERT_LE(std::abs(static_cast<double>(back[i]) - static_cast<double>(x[i])), scale / 2 * (1 + 0x1p-16))
+            << x[i];
+        ASSERT_EQ(back[i], back_value[x.size() - 1 - i]);
+        ASSERT_GE(static_cast<int8_t>(*s.key.at(dim + static_cast<int64_t>(i))), -127);
+      }
+    }
+}
+
+// One element that is not finite, wherever it is, makes its row NaN, and no other.
+TEST_P(EntriesTest, WhatIsNotFiniteBecomesNaN) {
+  const float infinity = std::numeric_limits<float>::infinity();
+  for (const DType from : kFloating)
+    for (const float bad : {infinity, -infinity, kNaN})
+      for (int64_t at = 0; at < 37; ++at) {
+        Buffer key(from, 37), value(from, 37);
+        for (int64_t i = 0; i < 37; ++i) key.Set(i, 1), value.Set(i, 1);
+        (at % 2 == 0 ? key : value).Set(at, bad);
+        TestSlab s(DType::kI8, 1, 37, 37);
+        const int32_t slot = 0;
+        WriteEntries(s.slab, &slot, 1, 0, {key.at(0), 37, from}, {value.at(0), 37, from});
+        for (const DType to : kFloating) {
+          Buffer read_key(to, 37), read_value(to, 37);
+          for (int64_t i = 0; i < 37; ++i) read_key.Set(i, 0), read_value.Set(i, 0);
+          ReadEntry(s.slab, 0, {read_key.at(0), 0, to}, {read_value.at(0), 0, to});
+          for (int64_t i = 0; i < 37; ++i) {
+            ASSERT_EQ(std::isnan(read_key.Get(i)), at % 2 == 0) << Name(from) << " " << at << " " << i;
+            ASSERT_EQ(std::isnan(read_value.Get(i)), at % 2 == 1) << Name(from) << " " << at << " " << i;
+          }
         }
       }
+}
+
+// Every type out of every storage.
+TEST_P(EntriesTest, ReadsWhatIsStored) {
+  std::mt19937 rng(12);
+  std::normal_distribution<float> normal;
+  for (const DType from : kStorage)
+    for (const DType to : kFloating) {
+      TestSlab s(from, 3, 37, 5);
+      const auto draw = [&] { return normal(rng); };
+      s.Fill(2, draw, draw, 1);
+      Buffer key(to, 40), value(to, 7), one(to, 1);
+      ReadEntry(s.slab, 2, {key.at(1), 0, to}, {value.at(1), 0, to});
+      for (int64_t i = 0; i < 40; ++i) {
+        if (i < 1 || i > 37) {
+          EXPECT_TRUE(std::isnan(key.Get(i)));
+          continue;
+        }
+        one.Set(0, s.key.Get(2 * 37 + i - 1));
+        ASSERT_EQ(key.Get(i), one.Get(0)) << Name(from) << " to " << Name(to);
+      }
+      for (int64_t i = 1; i < 6; ++i) {
+        one.Set(0, s.value.Get(2 * 5 + i - 1));
+        ASSERT_EQ(value.Get(i), one.Get(0)) << Name(from) << " to " << Name(to);
+      }
+      EXPECT_TRUE(std::isnan(value.Get(0)) && std::isnan(value.Get(6)));
     }
 }
 

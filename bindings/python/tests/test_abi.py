@@ -22,7 +22,7 @@ def enumerators(prefix):
 def test_enumerators():
     assert {status.name: status.value for status in express_kv.Status} == enumerators("EXPRESS_STATUS_")
     choices = {name: {key.upper(): number for key, number in choice.items()} for name, choice in _cache._CHOICES.items()}
-    short = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+    short = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int8": "I8"}
     dtypes = {short[name]: number for name, number in _cache._DTYPES.items()} | {"I64": 16}  # positions: NumPy's int64
     assert dtypes == enumerators("EXPRESS_DTYPE_")
     assert choices["schedule"] == enumerators("EXPRESS_SCHEDULE_")

@@ -77,6 +77,27 @@ def test_budget_is_kept():
     assert bytes_ < double <= 2 * bytes_ and more > entries
 
 
+def test_storage_in_eight_bits():
+    cache, s = filled(dtype="int8"), stream(300)
+    floating = filled(dtype="bfloat16")
+    assert cache.nbytes < floating.nbytes
+    for head in range(2):
+        k, v, log_weight, position = cache.export(0, head, np.empty(0, np.float32))
+        assert np.isclose(np.exp(log_weight).sum(), 300)
+        for rows, stored in [(s["k"][position, head], k), (s["v"][position, head], v)]:
+            step = np.abs(rows).max(-1, keepdims=True) / 127
+            assert np.abs(stored - rows).max() > 0 and (np.abs(stored - rows) <= step / 2 * (1 + 2**-7)).all()
+        out, q = cache.attend(0, s["q"][:4]), s["q"][:4]
+        for h in range(3 * head, 3 * head + 3):
+            np.testing.assert_allclose(out[:, h], softmax_attention(q[:, h], k, v, log_weight)[0], atol=1e-5)
+    again = pickle.loads(pickle.dumps(cache))
+    assert held(again) == held(cache) and again.save() == cache.save()
+    with pytest.raises(express_kv.Error, match="config.dtype"):
+        cache_of(dtype="int8", device="cuda")
+    with pytest.raises(express_kv.Error, match="k.dtype"):
+        cache.append(0, s["k"].astype(np.int8), s["v"].astype(np.int8))
+
+
 def test_prefill_is_the_same_whole_and_in_chunks():
     s = stream(200)
     whole, parts = cache_of(prefill_block=16), cache_of(prefill_block=16)
@@ -219,7 +240,7 @@ def test_errors_name_the_argument_and_change_nothing():
     with pytest.raises(ValueError, match="device"):
         express_kv.Cache(device="tpu")
     with pytest.raises(ValueError, match="dtype"):
-        express_kv.Cache(dtype="int8")
+        express_kv.Cache(dtype="float64")
     with pytest.raises(express_kv.OutOfMemoryError):
         express_kv.Cache(layers=64, kv_heads=64, query_heads=64, key_dim=1024, budget=1 << 27)
 

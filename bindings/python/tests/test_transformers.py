@@ -198,6 +198,18 @@ def test_memory_is_bounded(llama):
     assert lengths == [(300 + 200 * i, size) for i in range(4)]
 
 
+def test_storage_in_eight_bits(llama):
+    inputs = prompts(2, 60)
+    caches = {dtype: cache_for(llama, dtype=dtype) for dtype in ("float32", "int8")}
+    plain, eight = (generate(llama, inputs, cache, new=8) for cache in caches.values())
+    assert caches["int8"].nbytes < 0.6 * caches["float32"].nbytes
+    assert torch.equal(plain.logits[0], eight.logits[0])  # a prompt of one block sees itself as it came in
+    assert 0 < (plain.logits[1] - eight.logits[1]).abs().max() < 0.1 * plain.logits[1].std()
+    k = caches["int8"].sequences[0].export(0, 0, torch.empty(0))[0]
+    codes = k / k.abs().amax(1, keepdim=True)  # steps of 1 / 126 or 1 / 127
+    assert all(min((row * n - (row * n).round()).abs().max() for n in (126, 127)) < 1e-3 for row in codes)
+
+
 def test_a_sequence_does_not_depend_on_its_batch(llama):
     inputs = prompts(3, 150)
     together = generate(llama, inputs, cache_for(llama, 40))

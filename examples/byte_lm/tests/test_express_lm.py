@@ -61,6 +61,13 @@ class ExpressLm(unittest.TestCase):
             r = score("--tokens", 2000, "--policy", "express", "--budget", 512, "--dtype", dtype)
             self.assertAlmostEqual(r["bits_per_byte"], f32["bits_per_byte"], delta=0.02)
             self.assertLess(r["kv_bytes_peak"], 0.75 * f32["kv_bytes_peak"])
+        i8 = score("--tokens", 2000, "--policy", "express", "--budget", 512, "--dtype", "i8")
+        self.assertAlmostEqual(i8["bits_per_byte"], f32["bits_per_byte"], delta=0.02)
+        self.assertEqual(i8["entries_peak"], f32["entries_peak"])
+        self.assertLess(i8["kv_bytes_peak"], 0.75 * r["kv_bytes_peak"])
+        more = score("--tokens", 2000, "--policy", "express", "--budget", r["kv_bytes_peak"], "--budget-unit", "bytes", "--dtype", "i8")
+        self.assertLessEqual(more["kv_bytes_peak"], r["kv_bytes_peak"])
+        self.assertGreater(more["entries_peak"], 1.3 * r["entries_peak"])
 
     def test_schedules_halvings_and_seeds_are_options_that_do_something(self):
         args = ("--tokens", 3000, "--policy", "express", "--budget", 256, "--window", 64, "--protected", 0)
@@ -114,6 +121,7 @@ class ExpressLm(unittest.TestCase):
                 (("score", "--model", MODEL, "--text", TEXT, "--offset", 10**9), "offset"),
                 (("score", "--model", MODEL, "--text", TEXT, "--unit", 99), "unit"),
                 (("score", "--model", MODEL, "--text", TEXT, "--policy", "window", "--dtype", "f16"), "dtype"),
+                (("score", "--model", MODEL, "--text", TEXT, "--policy", "window", "--budget-unit", "bytes"), "budget-unit"),
                 (("score", "--model", MODEL), "text"),
                 (("frobnicate",), "")):
             self.assertIn(names, run(*args, fails=True))

@@ -13,7 +13,7 @@ AUTO = -1
 PREFILL_BLOCK = 256  # the library's default
 PIECE = 4096  # tokens between two words to a progress callback, about
 Progress = Callable[[int, int], object]
-_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2}
+_DTYPES = {"float32": 0, "float16": 1, "bfloat16": 2, "int8": 3}  # of what is kept; arrays are of the first three
 _CHOICES: dict[str, dict[str, int]] = {
     "dtype": _DTYPES,
     "budget_unit": {"entries": 0, "bytes": 1},
@@ -52,7 +52,8 @@ class Cache:
     Keyword arguments are the fields of the C ABI's express_config; those not given have its defaults:
       layers (1), query_heads, kv_heads, key_dim, value_dim (= key_dim), scale (1 / sqrt(key_dim)),
       budget (1024): entries per KV head, or with budget_unit="bytes" bytes of the whole cache,
-      dtype of what is kept ("float32", "float16", "bfloat16"), device ("cpu", "cuda", "cuda:1"),
+      dtype of what is kept ("float32", "float16", "bfloat16"; on the CPU "int8": 8-bit codes and a scale for each key and value),
+      device ("cpu", "cuda", "cuda:1"),
       sinks, window, protected_entries, rollback_reserve, head_share (a number per layer or per layer and KV head),
       head_settings (tuples of budget, sinks, window, protected_entries), head_budgets ("auto", "fixed", "observed"),
       schedule ("budget", "rounds"), halving ("kernel", "coin"),

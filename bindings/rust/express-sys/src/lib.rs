@@ -29,6 +29,7 @@ pub const EXPRESS_STATUS_RING_FULL: express_status = 18;
 pub const EXPRESS_DTYPE_F32: i32 = 0;
 pub const EXPRESS_DTYPE_F16: i32 = 1;
 pub const EXPRESS_DTYPE_BF16: i32 = 2;
+pub const EXPRESS_DTYPE_I8: i32 = 3;
 pub const EXPRESS_DTYPE_I64: i32 = 16;
 
 pub const EXPRESS_DEVICE_CPU: i32 = 1;

@@ -111,6 +111,7 @@ fn ours() -> BTreeMap<String, i64> {
         EXPRESS_DTYPE_F32,
         EXPRESS_DTYPE_F16,
         EXPRESS_DTYPE_BF16,
+        EXPRESS_DTYPE_I8,
         EXPRESS_DTYPE_I64,
         EXPRESS_DEVICE_CPU,
         EXPRESS_DEVICE_CUDA,

@@ -35,6 +35,8 @@ pub enum DType {
     F32,
     F16,
     Bf16,
+    /// Storage only, on the CPU: 8-bit codes, and a scale for each key and each value.
+    I8,
     /// Positions only.
     I64,
 }
@@ -45,6 +47,7 @@ impl DType {
             DType::F32 => sys::EXPRESS_DTYPE_F32,
             DType::F16 => sys::EXPRESS_DTYPE_F16,
             DType::Bf16 => sys::EXPRESS_DTYPE_BF16,
+            DType::I8 => sys::EXPRESS_DTYPE_I8,
             DType::I64 => sys::EXPRESS_DTYPE_I64,
         }
     }

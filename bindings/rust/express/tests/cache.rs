@@ -272,6 +272,23 @@ fn sixteen_bit_caches_and_tensors() {
 }
 
 #[test]
+fn storage_in_eight_bits() {
+    let mut cache = Cache::new(&config().dtype(DType::I8)).unwrap();
+    let s = Stream::new(100, 16);
+    s.append(&mut cache, 0);
+    for (position, key, _) in held(&cache, 0, 1) {
+        let row = &s.k[(position as usize * KV + 1) * DIM..][..DIM];
+        let largest = row.iter().fold(0f32, |most, x| most.max(x.abs()));
+        for (stored, x) in key.iter().map(|&bits| f32::from_bits(bits)).zip(row) {
+            assert!((stored - x).abs() <= largest / 254.0 * 1.01, "{stored} for {x}");
+        }
+    }
+    let device = Cache::new(&config().dtype(DType::I8).device(Device::Cuda(0))).unwrap_err();
+    assert_eq!(device.status(), Status::Unsupported, "{device}");
+    assert!(device.to_string().contains("config.dtype"), "{device}");
+}
+
+#[test]
 fn without_a_gpu_cuda_is_a_status() {
     match Cache::new(&config().device(Device::Cuda(0)).prefill_block(64)) {
         Ok(_) => println!("there is an NVIDIA GPU"),
