@@ -3,7 +3,7 @@
     python3 bench/quality/model.py [--model DIR] [--texts DIR]    checks it against reference.json
 
 A Llama-style model (RMSNorm, rotary positions, grouped queries, SwiGLU, tied embeddings), in float32 from bfloat16 weights. Many sequences go
-side by side, in chunks of CHUNK tokens, every chunk through all layers before the next, as a policy that couples layers needs it.
+side by side, in chunks of at most CHUNK tokens, every chunk through all layers before the next, as a policy that couples layers needs it.
 """
 import argparse
 import json
@@ -96,8 +96,9 @@ class Model:
     @torch.inference_mode()
     def run(self, ids, policy, see, observe=None):
         """Feeds ids (S, n); see(begin, logits) gets every chunk's logits (S, chunk, vocab)."""
-        for begin in range(0, ids.shape[1], CHUNK):
-            see(begin, self.forward_chunk(ids[:, begin:begin + CHUNK], begin, policy, observe))
+        chunk = min(CHUNK, policy.chunk or CHUNK)
+        for begin in range(0, ids.shape[1], chunk):
+            see(begin, self.forward_chunk(ids[:, begin:begin + chunk], begin, policy, observe))
 
 
 def main():

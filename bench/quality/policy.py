@@ -47,6 +47,8 @@ class Policy:
     seed: of all random draws; sequences draw independently
     """
 
+    chunk = None  # tokens that come at most at a time; the model's own number if there is none
+
     def __init__(self, spec, sequences, budget, seed=0, device="cpu"):
         self.spec, self.sequences, self.budget, self.device = spec, sequences, budget, torch.device(device)
         self.random = torch.Generator(self.device).manual_seed(seed)

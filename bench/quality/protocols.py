@@ -16,6 +16,7 @@ def prompt_length(n):
 class PrefillThenExact(Policy):
     def __init__(self, inner, prompt):
         super().__init__(inner.spec, inner.sequences, inner.budget, 0, inner.device)
+        self.chunk = inner.chunk
         self.inner, self.prompt, self.exact = inner, prompt, Exact(inner.spec, inner.sequences, 0, 0, inner.device)
 
     def extend(self, layer, q, k, v):

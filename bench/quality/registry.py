@@ -46,6 +46,8 @@ POLICIES = {
     "snapkv, prompt": (SnapKVPrompt, {}, False),
     "express": (Express, {"head_budgets": "fixed"}, True),
     "express, observed": (Express, {"head_budgets": "observed"}, True),
+    "express, observed, equal bytes": (Express, {"head_budgets": "observed", "equal_bytes": True}, True),
+    "express, observed, 8 bits, equal bytes": (Express, {"head_budgets": "observed", "equal_bytes": True, "slots": "int8"}, True),
     "express, profile": (Express, {"profile": True}, True),
     "express, profile, equal bytes": (Express, {"profile": True, "equal_bytes": True}, True),
     "express, prompt": (ExpressPrompt, {}, False),

@@ -23,6 +23,7 @@ import cases as texts
 import measure
 import protocols
 import registry
+import rivals.express
 from model import MODEL, Model
 
 KEY = ("set", "case", "protocol", "policy", "budget", "seed", "errors")
@@ -215,11 +216,13 @@ def arguments():
     parser.add_argument("--activations", help="measure outputs on this recording instead of the model")
     parser.add_argument("--model", default=MODEL)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--express-on", metavar="DEVICE", help="where Express's caches are, if not on the model's device")
     parser.add_argument("--side-by-side", type=int, default=32, help="sequences at a time")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so many")
     options = parser.parse_args()
     sys.path.insert(0, os.getcwd())
     registry.load(options.plugins)
+    rivals.express.DEVICE = options.express_on
     budgets.PROFILE = options.profile or budgets.PROFILE
     if options.threads:
         torch.set_num_threads(options.threads)

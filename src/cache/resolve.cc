@@ -198,14 +198,17 @@ void DivideCoreset(const Config& c, plan::Setting* s) {
 
 }  // namespace
 
-// Measured: a larger base than that of a profile, since all heads begin alike and some are judged late.
-int64_t BaseBudget(const Config& c, int64_t mean) {
-  return c.head_budgets == HeadBudgets::kObserved ? mean * 5 / 16 : mean * 5 / 16;
-}
+int64_t BaseBudget(const Config&, int64_t mean) { return mean * 5 / 16; }
 
 int64_t LargestBudget(const Config& c, int64_t mean, int64_t heads) {
   const int64_t base = BaseBudget(c, mean);
   return std::min({8 * mean, base + (mean - base) * heads, kMaxEntries});
+}
+
+plan::Shares SharesOf(const Config& c, int64_t base) {
+  constexpr int64_t kFromMean = 1024;
+  if (c.head_budgets == HeadBudgets::kObserved && base < BaseBudget(c, kFromMean)) return {70, 30};
+  return {60, 28};
 }
 
 plan::Setting DivideHead(const Config& c, int64_t base, int64_t budget) {
@@ -217,8 +220,10 @@ plan::Setting DivideHead(const Config& c, int64_t base, int64_t budget) {
   s.protect = c.protected_entries;
   s.reserve = c.rollback_reserve;
   // Where budgets are observed, every head protects at least one entry: scores need their mean from the beginning on.
-  if (c.head_budgets == HeadBudgets::kObserved) s.protect = std::max<int64_t>(1, (budget - base) * 28 / 100);
-  plan::DivideBudget(base, &s);
+  const plan::Shares shares = SharesOf(c, base);
+  if (c.head_budgets == HeadBudgets::kObserved)
+    s.protect = std::max<int64_t>(1, (budget - base) * shares.protect / 100);
+  plan::DivideBudget(base, shares, &s);
   DivideCoreset(c, &s);
   return s;
 }
@@ -284,7 +289,7 @@ Status ResolveEntries(const Config& c, int64_t mean, Resolved* resolved) {
       if (head.sinks != kAuto) s.sinks = head.sinks;
       s.window = head.window != kAuto ? head.window : c.window;
       s.protect = head.protected_entries != kAuto ? head.protected_entries : c.protected_entries;
-      plan::DivideBudget(base, &s);
+      plan::DivideBudget(base, SharesOf(c, base), &s);
       DivideCoreset(c, &s);
     }
     const auto kv_heads = static_cast<size_t>(c.kv_heads);

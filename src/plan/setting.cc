@@ -10,17 +10,17 @@ int64_t DefaultMaxLevels(int64_t coreset, int64_t level_floor) {
   return std::max<int64_t>(2, std::min(coreset / 4, coreset / (2 * std::max<int64_t>(1, level_floor))));
 }
 
-void DivideBudget(int64_t base, Setting* setting) {
+void DivideBudget(int64_t base, const Shares& shares, Setting* setting) {
   const int64_t beyond = std::max<int64_t>(0, setting->budget - base);
   const int64_t fixed = setting->sinks + setting->reserve + 1 + MinCoreset(setting->schedule);
   if (setting->protect < 0) {
-    const int64_t share = beyond * 28 / 100;
+    const int64_t share = beyond * shares.protect / 100;
     const int64_t room = setting->budget - fixed - std::max<int64_t>(1, setting->window);
     setting->protect = std::max<int64_t>(0, std::min(share, room));
   }
   if (setting->window < 0) {
     // The base is window but for what must come out of it; so a head at its base keeps the smallest coreset.
-    const int64_t share = std::min(base, setting->budget) + beyond * 60 / 100 - setting->sinks - setting->reserve;
+    const int64_t share = std::min(base, setting->budget) + beyond * shares.window / 100 - setting->sinks - setting->reserve;
     const int64_t room = setting->budget - fixed - setting->protect;
     setting->window = std::max<int64_t>(1, std::min(share, room));
   }

@@ -38,10 +38,16 @@ constexpr int64_t MinCoreset(ScheduleKind schedule) {
 int64_t DefaultLevelFloor(int64_t coreset);
 int64_t DefaultMaxLevels(int64_t coreset, int64_t level_floor);
 
+// Parts of what a head has beyond its base, in percent; the coreset has the rest.
+struct Shares {
+  int64_t window = 60;
+  int64_t protect = 28;
+};
+
 // How a head with `budget` entries divides them when window or protected entries are automatic (negative). `base` is
-// the head's base: protected = 28 % of what lies beyond the base, window = base + 60 % of it, less what sinks,
+// the head's base: protected is its share of what lies beyond the base, window the base and its share of that, less what sinks,
 // reservoir and the smallest coreset need of it. The result may still be too small for the schedule; Check says so.
-void DivideBudget(int64_t base, Setting* setting);
+void DivideBudget(int64_t base, const Shares& shares, Setting* setting);
 
 enum class SettingError : uint8_t { kNone, kBudget, kSinks, kWindow, kReserve, kProtect, kFraction, kFloor, kLevels };
 // The first field that makes the setting illegal. kBudget: budget below sinks + tail + protect + 1 + the smallest

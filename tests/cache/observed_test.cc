@@ -124,6 +124,28 @@ TEST(Observed, BeginsWithEqualBudgets) {
   EXPECT_EQ(Feed(cache, c, s, 0, 112, 16), Feed(other, fixed, s, 0, 112, 16));
 }
 
+// The most entries of a head that stand for more than one token, at the end of n tokens.
+int64_t MostWeighted(const Config& c, int64_t n) {
+  const Streams s(c, n);
+  ExpressCache cache = Create(c);
+  Feed(cache, c, s, 0, n, 128);
+  int64_t most = 0;
+  for (const Held& held : ExportAll(cache, c))
+    most = std::max<int64_t>(most, std::ranges::count_if(held.log_weight, [](float w) { return w > 0; }));
+  return most;
+}
+
+// Below a mean of 1024 entries window and protected entries have nearly all: the coreset is the smallest (4, a reservoir, and what
+// rounding leaves). From there on it has its share.
+TEST(Observed, SmallBudgetsHaveTheSmallestCoreset) {
+  Config c = ObservedConfig();
+  c.prefill_block = 128;
+  c.budget = 1023;
+  EXPECT_LE(MostWeighted(c, 6000), 8);
+  c.budget = 1024;
+  EXPECT_GT(MostWeighted(c, 6000), 40);
+}
+
 // Engines that attend by themselves.
 TEST(Observed, WithoutAttentionBudgetsStayEqual) {
   const Config c = ObservedConfig();

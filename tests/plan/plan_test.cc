@@ -257,21 +257,27 @@ TEST(Setting, AutomaticDivisionIsLegalForEveryBudgetFromTheSmallest) {
   for (ScheduleKind schedule : {ScheduleKind::kBudget, ScheduleKind::kRounds})
     for (int64_t sinks : {0, 4, 9})
       for (int64_t budget = sinks + 2 + MinCoreset(schedule); budget < 5000; budget += 1 + budget / 50)
-        for (int64_t base : {int64_t{0}, budget * 5 / 16, budget, 2 * budget}) {
-          Setting s{.budget = budget, .sinks = sinks, .window = -1, .protect = -1, .schedule = schedule};
-          DivideBudget(base, &s);
-          s.level_floor = DefaultLevelFloor(s.coreset());
-          s.max_levels = DefaultMaxLevels(s.coreset(), s.level_floor);
-          ASSERT_EQ(Check(s), SettingError::kNone) << Describe(s) << " base " << base;
-        }
+        for (int64_t base : {int64_t{0}, budget * 5 / 16, budget, 2 * budget})
+          for (const Shares& shares : {Shares{}, Shares{70, 30}, Shares{100, 0}, Shares{0, 100}}) {
+            Setting s{.budget = budget, .sinks = sinks, .window = -1, .protect = -1, .schedule = schedule};
+            DivideBudget(base, shares, &s);
+            s.level_floor = DefaultLevelFloor(s.coreset());
+            s.max_levels = DefaultMaxLevels(s.coreset(), s.level_floor);
+            ASSERT_EQ(Check(s), SettingError::kNone) << Describe(s) << " base " << base;
+          }
 }
 
 TEST(Setting, DividesTheBudgetAsDocumented) {
   Setting s{.budget = 1024, .sinks = 4, .window = -1, .protect = -1};
-  DivideBudget(320, &s);
+  DivideBudget(320, Shares{}, &s);
   EXPECT_EQ(s.protect, 197);           // 28 % of 704
   EXPECT_EQ(s.window, 320 + 422 - 4);  // base + 60 % of 704, sinks included
   EXPECT_EQ(s.coreset(), 1024 - 197 - 742 - 1);
+  s = {.budget = 1024, .sinks = 4, .window = -1, .protect = -1};
+  DivideBudget(320, Shares{70, 30}, &s);
+  EXPECT_EQ(s.protect, 211);     // 30 % of 704
+  EXPECT_EQ(s.coreset(), 4);     // 70 % of 704 are 492: the window has 4 less than those, for the smallest coreset and the reservoir
+  EXPECT_EQ(s.window, 1024 - 211 - 4 - 4 - 1);
 }
 
 TEST(Setting, EveryFieldIsChecked) {
