@@ -19,9 +19,9 @@
 
 namespace express::cpu {
 
-inline constexpr int64_t kKeys = 64;      // of a tile
-inline constexpr int64_t kQueries = 96;   // query rows at a time; a multiple of kStrip
-inline constexpr int64_t kStrip = 6;      // query rows whose sums are in registers
+inline constexpr int64_t kKeys = 64;     // of a tile
+inline constexpr int64_t kQueries = 96;  // query rows at a time; a multiple of kStrip
+inline constexpr int64_t kStrip = 6;     // query rows whose sums are in registers
 
 inline int64_t Padded(int64_t n) { return (n + 15) / 16 * 16; }  // to whole vectors of the widest target
 
