@@ -276,19 +276,22 @@ TEST(Observed, AutoIsObservedWhereItCan) {
   EXPECT_EQ(of([](Config& c) { c.budget = 24; }), HeadBudgets::kFixed);  // a base of 7 would be too small
 }
 
-// A prompt that is longer than the budget in one call: settled behind it.
+// A prompt that is longer than the budget in one call: settled behind it. (Longer than those that fixed budgets answer exactly.)
 TEST(Observed, APromptInOneCallIsSettledAfterwards) {
   const Config c = ObservedConfig();
   Config fixed = c;
   fixed.head_budgets = HeadBudgets::kFixed;
-  const Streams s(c, 1100);
+  fixed.protected_entries = (kMean - kMean * 5 / 16) * 30 / 100;  // the division of a mean below 1024
+  fixed.window = kMean - c.sinks - fixed.protected_entries - 1 - 4;
+  constexpr int64_t kPrompt = 3 * kMean + 50, kAll = kPrompt + 100;
+  const Streams s(c, kAll);
   ExpressCache cache = Create(c), other = Create(fixed);
-  EXPECT_EQ(Feed(cache, c, s, 0, 1000, 1000), Feed(other, fixed, s, 0, 1000, 1000));
+  EXPECT_EQ(Feed(cache, c, s, 0, kPrompt, kPrompt), Feed(other, fixed, s, 0, kPrompt, kPrompt));
   const std::vector<int64_t> equal = Entries(cache, c);
   EXPECT_LE(equal[5], kMean);
-  Feed(cache, c, s, 1000, 1100, 10);
+  Feed(cache, c, s, kPrompt, kAll, 10);
   EXPECT_LT(Entries(cache, c)[0], kMean / 2);
-  for (const Held& held : ExportAll(cache, c)) EXPECT_EQ(held.total_weight(), 1100);
+  for (const Held& held : ExportAll(cache, c)) EXPECT_EQ(held.total_weight(), kAll);
 }
 
 TEST(Observed, RefusesWhatItCannotDo) {
