@@ -33,7 +33,7 @@ class Express(Policy):
             automatic = options.get("sinks", 4), -1, -1
             fields["head_settings"] = [(n, *automatic) for row in division.pyramid(spec, budget) for n in row]
         if equal_bytes:  # as many entries as the bytes of `budget` plain ones hold of all that the library allocates
-            room, low, high = budget * spec.entry_bytes * spec.layers * spec.kv_heads, 16, budget
+            room, low, high = budget * spec.entry_bytes * spec.layers * spec.kv_heads, 16, 4 * budget
             while low < high:
                 middle = (low + high + 1) // 2
                 fits = express_kv.size(**{**fields, "budget": middle}, dtype=slots or "bfloat16")[0] <= room
