@@ -190,6 +190,15 @@ bool AutoObserves(const Config& c) {
   return CanObserve(c) && c.device_type == DeviceType::kCpu && c.first_layer == 0 && c.first_kv_head == 0;
 }
 
+// Small coresets bring nothing where budgets follow the heads' needs (measured: bench/results/quality/ablation.md), so below this mean
+// window and protected entries share what a head has beyond its base.
+constexpr int64_t kMeanWithCoreset = 1024;
+
+plan::Shares SharesOf(const Config& c, int64_t base) {
+  const bool small = c.head_budgets == HeadBudgets::kObserved && base < BaseBudget(c, kMeanWithCoreset);
+  return small ? plan::Shares{.window = 70, .protect = 30} : plan::Shares{};
+}
+
 void DivideCoreset(const Config& c, plan::Setting* s) {
   s->level_fraction = c.level_fraction;
   s->level_floor = c.level_floor != kAuto ? c.level_floor : plan::DefaultLevelFloor(s->coreset());
@@ -203,12 +212,6 @@ int64_t BaseBudget(const Config&, int64_t mean) { return mean * 5 / 16; }
 int64_t LargestBudget(const Config& c, int64_t mean, int64_t heads) {
   const int64_t base = BaseBudget(c, mean);
   return std::min({8 * mean, base + (mean - base) * heads, kMaxEntries});
-}
-
-plan::Shares SharesOf(const Config& c, int64_t base) {
-  constexpr int64_t kFromMean = 1024;
-  if (c.head_budgets == HeadBudgets::kObserved && base < BaseBudget(c, kFromMean)) return {70, 30};
-  return {60, 28};
 }
 
 plan::Setting DivideHead(const Config& c, int64_t base, int64_t budget) {

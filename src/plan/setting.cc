@@ -20,7 +20,8 @@ void DivideBudget(int64_t base, const Shares& shares, Setting* setting) {
   }
   if (setting->window < 0) {
     // The base is window but for what must come out of it; so a head at its base keeps the smallest coreset.
-    const int64_t share = std::min(base, setting->budget) + beyond * shares.window / 100 - setting->sinks - setting->reserve;
+    const int64_t share =
+        std::min(base, setting->budget) + beyond * shares.window / 100 - setting->sinks - setting->reserve;
     const int64_t room = setting->budget - fixed - setting->protect;
     setting->window = std::max<int64_t>(1, std::min(share, room));
   }

@@ -275,8 +275,9 @@ TEST(Setting, DividesTheBudgetAsDocumented) {
   EXPECT_EQ(s.coreset(), 1024 - 197 - 742 - 1);
   s = {.budget = 1024, .sinks = 4, .window = -1, .protect = -1};
   DivideBudget(320, Shares{70, 30}, &s);
-  EXPECT_EQ(s.protect, 211);     // 30 % of 704
-  EXPECT_EQ(s.coreset(), 4);     // 70 % of 704 are 492: the window has 4 less than those, for the smallest coreset and the reservoir
+  EXPECT_EQ(s.protect, 211);  // 30 % of 704
+  EXPECT_EQ(s.coreset(),
+            4);  // 70 % of 704 are 492: the window has 4 less than those, for the smallest coreset and the reservoir
   EXPECT_EQ(s.window, 1024 - 211 - 4 - 4 - 1);
 }
 

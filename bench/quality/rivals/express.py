@@ -25,27 +25,27 @@ class Express(Policy):
         self.where = torch.device(DEVICE or device)
         fields = dict(layers=spec.layers, query_heads=spec.q_heads, kv_heads=spec.kv_heads, key_dim=spec.dim, scale=spec.scale, budget=budget,
                       prefill_block=BLOCK, device=str(self.where), **options)
-        if options.get("head_budgets") == "observed":
-            self.chunk = max(BLOCK, budget // BLOCK * BLOCK)  # budgets are settled between chunks, and should be before an equal share is full
+        on_gpu = self.where.type == "cuda"
+        if not on_gpu:  # sequences side by side, each on one core; a cache holds scratch for each of its threads
+            fields["threads"] = 1
         if profile:
             fields["head_share"] = [mass ** power for row in division.far_mass(spec) for mass in row]
         if pyramid:
             automatic = options.get("sinks", 4), -1, -1
             fields["head_settings"] = [(n, *automatic) for row in division.pyramid(spec, budget) for n in row]
         if equal_bytes:  # as many entries as the bytes of `budget` plain ones hold of all that the library allocates
-            room, low, high = budget * spec.entry_bytes * spec.layers * spec.kv_heads, 16, budget
+            room, low, high = budget * spec.entry_bytes * spec.layers * spec.kv_heads, 16, 4 * budget
             while low < high:
                 middle = (low + high + 1) // 2
                 fits = express_kv.size(**{**fields, "budget": middle}, dtype=slots or "bfloat16")[0] <= room
                 low, high = (middle, high) if fits else (low, middle - 1)
             fields["budget"] = low
+        if options.get("head_budgets") == "observed":  # budgets are settled between chunks, and should be before an equal share is full
+            self.chunk = max(BLOCK, fields["budget"] // BLOCK * BLOCK)
         # Since the library has it; without, all budgets are fixed.
         if fields.get("head_budgets") == "fixed" and "head_budgets" not in (express_kv.Cache.__doc__ or ""):
             del fields["head_budgets"]
-        on_gpu = self.where.type == "cuda"
         self.dtype = torch.float16 if on_gpu else torch.float32
-        if not on_gpu:  # sequences side by side, each on one core
-            fields["threads"] = 1
         self.pool = concurrent.futures.ThreadPoolExecutor(1 if on_gpu else min(sequences, THREADS))
         self.caches = [express_kv.Cache(**fields, dtype=slots or str(self.dtype), seed=seed * 1000 + i) for i in range(sequences)]
         with express_kv.Cache(**fields, dtype=slots or "bfloat16") as cache:

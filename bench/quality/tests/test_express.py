@@ -56,10 +56,12 @@ def test_budgets_by_head(name):
     assert len(set(entries)) > 4 and 0.8 * 128 < sum(entries) / len(entries) <= 129
 
 
-def test_equal_bytes_are_at_most_those_of_plain_entries():
-    policy = registry.make("express, profile, equal bytes", SPEC, 1, 512)
+@pytest.mark.parametrize("name", ["express, profile, equal bytes", "express, observed, equal bytes", "express, observed, 8 bits, equal bytes"])
+def test_equal_bytes_are_at_most_those_of_plain_entries(name):
+    policy = registry.make(name, SPEC, 1, 512)
     room = 512 * SPEC.entry_bytes * 16
     assert 0.97 * room < policy.bytes() <= room < registry.make("express, profile", SPEC, 1, 512).bytes()
+    assert (policy.caches[0].stats()["entries_budget"] > 512 * 16) == ("8 bits" in name)
 
 
 def test_compression_of_a_prompt(streams):
