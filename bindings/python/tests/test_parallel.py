@@ -95,7 +95,7 @@ def test_settings_of_a_rank():
     cut = _parallel.of_rank({"head_settings": settings, "budget": 3}, 2, 4, 2, 2)
     assert cut == {"head_settings": [(0, 2, 0, 0), (0, 3, 0, 0), (1, 2, 0, 0), (1, 3, 0, 0)], "budget": 3, "head_budgets": "fixed"}
     assert _parallel.of_rank({"head_settings": settings[:2]}, 2, 4, 2, 2)["head_settings"] == settings[:2]
-    assert _parallel.of_rank({"head_share": [1, 2]}, 2, 4, 2, 2) == {"head_share": [1, 2]}
+    assert _parallel.of_rank({"head_share": [1, 2]}, 2, 4, 2, 2) == {"head_share": [1, 2], "head_budgets": "fixed"}
     with pytest.raises(NotImplementedError, match="head_settings"):
         _parallel.of_rank({"head_share": [1] * 8}, 2, 4, 2, 2)
     with pytest.raises(ValueError, match="first_kv_head"):
