@@ -1,6 +1,6 @@
 // The prefill for Hopper: one warpgroup gathers keys and values into a ring of tiles, two multiply (wgmma), as in
 // FlashAttention-3 (Shah et al., arXiv:2407.08608): products of one tile run beside the softmax of the next. The two are
-// left to themselves: made to take turns, as there, they were 7 to 11 % slower, because gathering is what they wait for.
+// left to themselves: made to take turns, as there, they are no faster (bench/results/cuda.md).
 #include <algorithm>
 
 #include "src/cuda/hopper.cuh"
