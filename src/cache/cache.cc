@@ -16,8 +16,8 @@ Cache::Cache(const Resolved& resolved, const Plans& plans, const Budgets& budget
       mean_budget_(resolved.mean_entries) {
   for (int32_t i = 0; i < plans_.plan_count; ++i)
     entries_budget_ += plans_.plans[i].plan.setting().budget * plans_.plans[i].head_count;
-  save_bytes_ = CountSaveBytes();
   ResetCounts();
+  save_bytes_ = CountSaveBytes();
 }
 
 void Cache::Destroy(Cache* cache) {
