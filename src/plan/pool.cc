@@ -7,6 +7,7 @@ void Pool::Reset() {
     code_[i] = kFree;
     next_[i] = static_cast<Slot>(i + 1 < capacity_ ? i + 1 : kNoSlot);
   }
+  odd_weight_ = 0;
   free_ = 0;
   live_ = 0;
   halvings_ = 0;
