@@ -148,6 +148,7 @@ class CudaCache final : public Cache {
   Status GiveUpAndCompact() override;
   Status FinishResize() override;
   Shape ShapeOf(const plan::Setting* settings) const;
+  bool HoldsNothing() const;
   int64_t GiveUpSome(int32_t head);
   void ExecuteForAll(cuda::Uploader& uploader);
   void MoveArrays(const Arena::Piece* from, const Arena::Piece* to, int64_t count);

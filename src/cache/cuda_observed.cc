@@ -177,6 +177,12 @@ bool CudaCache::ResizeFits() const {
          std::max<int64_t>(host.piece_count(), 8 * HeadCount()) <= budgets_.piece_capacity;
 }
 
+bool CudaCache::HoldsNothing() const {
+  for (int32_t i = 0; i < plans_.plan_count; ++i)
+    if (plans_.plans[i].plan.live() > 0) return false;
+  return true;
+}
+
 // As much as one record holds; how many operations.
 int64_t CudaCache::GiveUpSome(int32_t index) {
   plan::Plan& plan = plans_.plans[plans_.head_plan[index]].plan;
@@ -207,9 +213,7 @@ Status CudaCache::GiveUpAndCompact() {
   const DeviceScope scope(config_.device_id);
   EXPRESS_RETURN_IF_ERROR(CudaError("config.device_id", scope.error()));
   EXPRESS_RETURN_IF_ERROR(Settle());
-  bool empty = true;
-  for (int32_t i = 0; i < plans_.plan_count; ++i) empty = empty && plans_.plans[i].plan.live() == 0;
-  if (empty) return Status();
+  if (HoldsNothing()) return Status();
   cuda::Uploader uploader(stream_);
   for (int32_t h = 0; h < HeadCount(); ++h) {
     cuda::Head& head = parts_.head_copies[h];
@@ -239,8 +243,7 @@ Status CudaCache::GiveUpAndCompact() {
 // The host's plans, then the arrays on the device, then what the device is to know of both.
 Status CudaCache::FinishResize() {
   const DeviceScope scope(config_.device_id);
-  bool empty = true;
-  for (int32_t i = 0; i < plans_.plan_count; ++i) empty = empty && plans_.plans[i].plan.live() == 0;
+  const bool empty = HoldsNothing();
   Arena::Piece *const from = budgets_.pieces, *const to = from + budgets_.piece_capacity;
   Arena now(from, budgets_.piece_capacity), next(to, budgets_.piece_capacity);
   LayoutPlans(ShapeOf(budgets_.current), false, false, now);

@@ -15,6 +15,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "bench/cuda_fill.cuh"
 #include "src/cuda/device.cuh"
 #include "src/cuda/kernels.h"
 
@@ -479,19 +480,6 @@ TEST_F(AdmitTest, Long) {
 }
 
 // ---- speed; nothing is asserted ----
-
-// Numbers of about unit variance.
-__global__ void FillKernel(BFloat16* x, int64_t count) {
-  for (int64_t i = blockIdx.x * int64_t{blockDim.x} + threadIdx.x; i < count; i += int64_t{gridDim.x} * blockDim.x) {
-    uint64_t z = static_cast<uint64_t>(i) * 0x9E3779B97F4A7C15u + 0x1234567u;
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9u;
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EBu;
-    z ^= z >> 31;
-    int32_t sum = 0;
-    for (int part = 0; part < 4; ++part) sum += static_cast<int32_t>((z >> (16 * part)) & 0xFFFF) - 0x8000;
-    x[i] = __float2bfloat16_rn(static_cast<float>(sum) * (1.0f / 37837.0f));
-  }
-}
 
 void Time(int32_t heads, int32_t protect, int64_t count) {
   constexpr int32_t kDim = 128;
