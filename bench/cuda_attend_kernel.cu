@@ -204,25 +204,30 @@ Layers MakeLayers(Pool& pool, int32_t batch, int32_t entries, int32_t layers, bo
 
 struct Way {
   std::string name;
-  AttendMachine machine;
+  std::vector<AttendMachine> machines;  // to choose from
 };
 
-// As the library would, with one block of a multiprocessor and with two; with `all`, with one thing changed at a time.
+std::vector<AttendMachine> Machines() {
+  std::vector<AttendMachine> machines(kMostBlocks);
+  for (int32_t blocks = 1; blocks <= kMostBlocks; ++blocks)
+    Check(DescribeAttend(0, blocks, &machines[static_cast<size_t>(blocks - 1)]));
+  return machines;
+}
+
+// As the library does, and with so many blocks of a multiprocessor; with `all`, with one thing changed at a time.
 std::vector<Way> Ways(bool all, bool clusters) {
-  std::vector<Way> ways;
-  for (const int32_t blocks : {1, 2}) {
-    AttendMachine machine;
-    Check(DescribeAttend(0, blocks, &machine));
+  const std::vector<AttendMachine> machines = Machines();
+  std::vector<Way> ways = {{"library", machines}};
+  for (const AttendMachine& machine : machines) {
+    const int32_t blocks = machine.blocks;
     const auto add = [&](const char* format, int number, const AttendMachine& way) {
       char name[32];
       std::snprintf(name, sizeof(name), format, blocks, number);
-      ways.push_back({name, way});
+      ways.push_back({name, {way}});
     };
     add("%d to an SM", 0, machine);
     if (!all) continue;
     AttendMachine way = machine;
-    way.prefetch = false;
-    add("%d, no L2", 0, way);
     way.dependent_launches = false;
     add("%d, no PDL", 0, way);
     for (int i = 0; i < AttendMachine::kClusterSizes && clusters; ++i) {
@@ -249,7 +254,10 @@ void Measure(Pool& pool, cudaStream_t stream, const std::vector<Way>& ways, doub
                                        std::vector<const Head*> rows;
                                        for (int32_t c = 0; c < batch; ++c)
                                          rows.push_back(made.described[l].data() + c * kKvHeads);
-                                       Attend(made.args[l], rows.data(), way.machine, stream);
+                                       const auto& from = way.machines;
+                                       const int32_t blocks =
+                                           from.size() == 1 ? 1 : AttendBlocks(made.args[l], rows.data(), from.data());
+                                       Attend(made.args[l], rows.data(), from[static_cast<size_t>(blocks - 1)], stream);
                                      }
                                    }) /
                       layers;
@@ -284,7 +292,7 @@ int main(int count, char** arguments) {
     std::printf(", %.1f us if launched before the one before is done",
                 LaunchFloor(stream, machine.multiprocessors, true));
   std::printf("\n32 query heads, 8 KV heads, d 128, bf16: us a call, %% of the read bandwidth\n");
-  for (const int32_t batch : {1, 16, 64, 256}) {
+  for (const int32_t batch : {1, 16, 24, 32, 48, 64, 128, 256}) {
     const std::vector<Way> ways = Ways(all, batch == 1);
     std::printf("batch entries   MB");
     for (const Way& way : ways) std::printf(" %11s", way.name.c_str());

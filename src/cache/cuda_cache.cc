@@ -77,10 +77,9 @@ Status ReadTraits(int32_t device, DeviceTraits* traits) {
   if (traits->compute_capability < 80)
     return Error(StatusCode::kUnsupported, "config.device_id: device ", device, " has compute capability ", major, ".",
                  minor, ", the kernels need 8.0");
-  for (int32_t blocks = 1; blocks <= 2; ++blocks)
+  for (int32_t blocks = 1; blocks <= cuda::kMostBlocks; ++blocks)
     EXPRESS_RETURN_IF_ERROR(
         CudaError("config.device_id", cuda::DescribeAttend(device, blocks, &traits->attend[blocks - 1])));
-  traits->attend[1].prefetch = false;  // two blocks gain nothing by it
   return Status();
 }
 

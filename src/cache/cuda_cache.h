@@ -38,8 +38,8 @@ class DeviceScope {
 // Properties of a device that kernels are chosen by.
 struct DeviceTraits {
   int32_t multiprocessors = 0;
-  int32_t compute_capability = 0;      // 90: 9.0
-  cuda::AttendMachine attend[2] = {};  // with one block of a multiprocessor, with two
+  int32_t compute_capability = 0;                      // 90: 9.0
+  cuda::AttendMachine attend[cuda::kMostBlocks] = {};  // with one block of a multiprocessor, with two, ..
 };
 
 // Streams beside the caller's, for the selection of a prompt's entries, and the events that order them.

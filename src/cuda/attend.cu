@@ -20,9 +20,14 @@ namespace {
 
 // ---- the kernel ----
 
-template <class T, int kKeyDim, int kValueDim>
+template <int kKeyDim, int kValueDim>
 constexpr int64_t StageBytes() {
-  return Tile<T, kKeyDim, kValueDim>::kBytes + kTile * static_cast<int64_t>(sizeof(float));
+  return Tile<kKeyDim, kValueDim>::kBytes + 2 * kTile * static_cast<int64_t>(sizeof(float));
+}
+
+__device__ __forceinline__ Share WholeHead(const AttendLaunch& launch, int32_t index) {
+  const Head& head = launch.args.heads[index / launch.args.kv_heads][index % launch.args.kv_heads];
+  return {head.key, head.value, head.log_weight, head.capacity, index, 0, 0, 1};
 }
 
 // Share `index` of launch.cut equal ones, and where the next one begins, by what the heads' descriptions say now. Called by whole
@@ -71,52 +76,62 @@ __device__ __forceinline__ void CutShare(const AttendLaunch& launch, int32_t ind
     }
   }
   if (share.head == heads) return;
-  const Head& head = a.heads[share.head / a.kv_heads][share.head % a.kv_heads];
-  share.key = head.key;
-  share.value = head.value;
-  share.log_weight = head.log_weight;
-  share.capacity = head.capacity;
+  const Share whole = WholeHead(launch, share.head);
+  share.key = whole.key;
+  share.value = whole.value;
+  share.log_weight = whole.log_weight;
+  share.capacity = whole.capacity;
 }
 
 // grid: shares clusters of any size.
 template <class T, int kKeyDim, int kValueDim, int kTiles>
 __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __grid_constant__ AttendLaunch launch) {
-  using Layout = Tile<T, kKeyDim, kValueDim>;
+  using Layout = Tile<kKeyDim, kValueDim>;
   extern __shared__ __align__(
-      128) char shared[];  // MergeMemory; (warps, stages) tiles; (warps, stages, 16) log weights
+      128) char shared[];  // MergeMemory; (warps, stages) tiles; (warps, 2, stages, 16) log weights
   auto& memory = *reinterpret_cast<MergeMemory<kValueDim>*>(shared);
   const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
   const int warps = static_cast<int>(blockDim.x / kWarp), stages = launch.stages;
   const auto blocks = static_cast<int32_t>(ClusterSize()), rank = static_cast<int32_t>(ClusterRank());
   char* tiles = shared + MergeMemory<kValueDim>::Bytes(warps);
-  float* weights = reinterpret_cast<float*>(tiles + warps * stages * Layout::kBytes) + warp * stages * kTile;
-  tiles += warp * stages * Layout::kBytes;
+  float* weights = reinterpret_cast<float*>(tiles + warps * stages * Layout::kBytes) + warp * 2 * stages * kTile;
+  const uint32_t ring = SharedAddress(tiles + warp * stages * Layout::kBytes);
   const int32_t index = static_cast<int32_t>(blockIdx.x) / blocks, first_tile = warp * blocks + rank,
                 step = warps * blocks;
-  Share share = launch.shares[index], next = launch.shares[index + 1];
-  if (launch.cut > 0) CutShare(launch, index, share, next);
+  Share share, next;
+  if (launch.heads) {
+    share = WholeHead(launch, index), next = {nullptr, nullptr, nullptr, 0, index + 1, 0, 0, 1};
+  } else if (launch.cut > 0) {
+    CutShare(launch, index, share, next);
+  } else {
+    share = launch.shares[index], next = launch.shares[index + 1];
+  }
   Walk<T, kKeyDim, kValueDim> walk(launch, share, next, first_tile, step);
   DependentsMayStart();
   if (blocks > 1) ClusterArrive();
-  if (launch.prefetch) walk.Prefetch(stages);
   WaitForKernelBefore();
 
-  // Asks for the walk's tile, unless it is known to be free.
-  const auto fetch = [&](int stage, bool live) {
+  // Asks for the walk's tile, unless it is known to be free, and for the log weights of the tile that comes a ring later: to know that.
+  // Places of weights are twice as many: those of the tile of stage s are at s, or, every second time round, at stages + s.
+  int stage = 0, half = 0;
+  const auto fetch = [&](int weights_half) {
     if (walk.valid) {
-      const int keys = walk.Keys();
-      if (live) Layout::Copy(SharedAddress(tiles + stage * Layout::kBytes), walk.Key(), walk.Value(), keys);
-      float* to = weights + stage * kTile + lane;
-      if (lane < keys)
-        CopyAsync4(SharedAddress(to), walk.Weights() + lane);
-      else if (lane < kTile)
-        *to = kMinusInfinity;
+      float* here = weights + (weights_half * stages + stage) * kTile;
+      const bool known = walk.taken >= stages;
+      if (!known) walk.CopyWeights(here, 0);
+      if (!known || __any_sync(0xFFFFFFFFu, here[lane % kTile] != kMinusInfinity)) {
+        const uint32_t to = ring + static_cast<uint32_t>(stage * Layout::kBytes);
+        const int keys = walk.Keys();
+        Layout::Keys::Copy(to, walk.Key(), keys);
+        Layout::Values::Copy(to + Layout::Keys::kBytes, walk.Value(), keys);
+      }
+      walk.CopyWeights(weights + ((1 - weights_half) * stages + stage) * kTile, stages);
       walk.Advance();
     }
     CopyAsyncCommit();
   };
-  for (int s = 0; s < stages; ++s) fetch(s, true);
-  float coming = walk.Weight(lane);
+  for (; stage < stages; ++stage) fetch(0);
+  stage = 0;
   WarpState<T, kKeyDim, kValueDim, kTiles> state;
   int32_t capacity = share.capacity;
   if (!walk.Has(share.head)) {  // more shares than there is to share
@@ -125,7 +140,7 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
   }
   state.LoadQueries(launch, share.head, state.q);
   typename decltype(state)::Queries next_queries = {};
-  int stage = 0;
+  const float scale = launch.args.scale * kLog2E, exponent = launch.args.exponent * kLog2E;
   uint32_t turn = 0;
   for (int32_t head = share.head; walk.Has(head); ++head) {
     state.Clear();
@@ -136,13 +151,16 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
     // They may come from far: under load that takes longer than the end of a head.
     if (state.kAhead && walk.Has(head + 1)) state.LoadQueries(launch, head + 1, next_queries);
     for (int32_t tile = (first ? share.tile : 0) + first_tile; tile < end; tile += step) {
-      CopyAsyncWaitFor(stages - 1);
+      if (stages == 3)
+        CopyAsyncWait<2>();
+      else
+        CopyAsyncWaitFor(stages - 1);
       __syncwarp();
-      state.Compute(tiles + stage * Layout::kBytes, weights + stage * kTile, launch.args.scale, launch.args.exponent);
+      state.Compute(ring + static_cast<uint32_t>(stage * Layout::kBytes), weights + (half * stages + stage) * kTile,
+                    scale, exponent);
       __syncwarp();
-      fetch(stage, __any_sync(0xFFFFFFFFu, coming != kMinusInfinity));
-      coming = walk.Weight(lane);
-      if (++stage == stages) stage = 0;
+      fetch(1 - half);
+      if (++stage == stages) stage = 0, half = 1 - half;
     }
     if (walk.Has(head + 1)) {
       if constexpr (state.kAhead)
@@ -160,7 +178,8 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
 // What decides between ways to share the work, in microseconds and bytes, measured. A multiprocessor alone reads little more
 // than its part of the memory's bandwidth: all must have something to do.
 constexpr double kReadRate = 37e3, kMemoryRate = 30e3;  // per multiprocessor
-constexpr double kClusterTime = 0.6, kClusterBlockTime = 0.03, kSplitTime = 2.0;
+constexpr double kFilled = 0.85;                        // a smaller part of places taken is worth smaller blocks
+constexpr double kClusterTime = 0.6, kClusterBlockTime = 0.03, kSplitTime = 5.0;
 
 int32_t Units(int32_t capacity) { return static_cast<int32_t>(CeilDiv(capacity, kShareKeys)); }
 
@@ -199,7 +218,7 @@ Choice Choose(const AttendArgs& args, const Work& work, const AttendMachine& mac
       cost += overhead + std::max(memory, bytes / rate);
       if (best_cost == 0 || cost < best_cost) best = {i, whole}, best_cost = cost;
     };
-    if (work.heads <= clusters && !args.sizes_change) consider(true, work.heads, work.most_units * unit_bytes, 0);
+    if (work.heads <= clusters) consider(true, work.heads, work.most_units * unit_bytes, 0);
     consider(false, clusters, total / clusters, kSplitTime);
   }
   return best;
@@ -253,6 +272,24 @@ int32_t CutShares(const AttendArgs& args, const Head* const* described, const Wo
   return count;
 }
 
+// Of what so many heads need to be done in waves of all blocks at once, the part in which no place is empty.
+double Fill(int32_t heads, const AttendMachine& machine) {
+  const int32_t places = machine.multiprocessors * machine.blocks;
+  return static_cast<double>(heads) / static_cast<double>(CeilDiv(heads, places) * places);
+}
+
+// With more heads than multiprocessors, but not many more, blocks that take a head each and follow each other are best: nothing
+// must be merged between blocks, which takes up to 7 us at a launch's end, and one block begins while another is at work. With
+// many more, even shares are, and where heads differ in length.
+bool ManyHeads(int32_t heads, const AttendMachine& machine) { return heads >= 7 * machine.multiprocessors; }
+bool EachHeadABlock(const AttendArgs& args, const Work& work, const AttendMachine& machine) {
+  const bool alike = !args.sizes_change && int64_t{work.most_units} * work.heads <= work.units * 9 / 8;
+  return alike && machine.blocks > 1 && work.heads > machine.multiprocessors && !ManyHeads(work.heads, machine);
+}
+
+// Warps of a block, if there can be so many blocks of a multiprocessor.
+int32_t MostWarps(int32_t blocks) { return blocks == 1 ? kMostWarps : kMostWarps / 2; }
+
 // Warps of a block and stages of a warp that fit into its shared memory: three stages at least, if there can be four warps,
 // and then as many warps as there can be.
 struct Ring {
@@ -277,7 +314,7 @@ template <class T, int kKeyDim, int kValueDim, int kTiles>
 struct Kernel {
   static constexpr auto* kFunction = AttendKernel<T, kKeyDim, kValueDim, kTiles>;
   using Merge = MergeMemory<kValueDim>;
-  static constexpr int64_t kStage = StageBytes<T, kKeyDim, kValueDim>();
+  static constexpr int64_t kStage = StageBytes<kKeyDim, kValueDim>();
 
   static cudaError_t Prepare(const AttendMachine& machine) {
     int device = 0, bytes = 0;
@@ -291,7 +328,7 @@ struct Kernel {
   }
   static void Run(AttendLaunch& launch, int32_t shares, int cluster, const AttendMachine& machine,
                   cudaStream_t stream) {
-    const Ring ring = ChooseRing<kValueDim>(machine.shared_bytes, kStage, kMostWarps / machine.blocks);
+    const Ring ring = ChooseRing<kValueDim>(machine.shared_bytes, kStage, MostWarps(machine.blocks));
     launch.stages = ring.stages;
     cudaLaunchAttribute attributes[2] = {};
     cudaLaunchConfig_t config{};
@@ -376,7 +413,7 @@ cudaError_t DescribeAttend(int32_t device, int32_t blocks, AttendMachine* machin
     size.val.clusterDim = {1u << i, 1, 1};
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<uint32_t>(multiprocessors * blocks) << i);
-    config.blockDim = dim3(static_cast<uint32_t>(kMostWarps / blocks * kWarp));
+    config.blockDim = dim3(static_cast<uint32_t>(MostWarps(blocks) * kWarp));
     config.dynamicSmemBytes = static_cast<size_t>(machine->shared_bytes);
     config.attrs = &size;
     config.numAttrs = 1;
@@ -390,12 +427,18 @@ cudaError_t DescribeAttend(int32_t device, int32_t blocks, AttendMachine* machin
   return error;
 }
 
-// With many heads to a block the end of one passes under the keys of another block's; a few long ones are spread wider.
-// Measured on an H100; in between one block is as good or better, and long rows need its memory.
-int32_t AttendBlocks(const AttendArgs& args, int32_t multiprocessors) {
-  const int32_t heads = args.caches * args.kv_heads;
-  const bool many = heads >= 4 * multiprocessors, few = 16 * heads <= multiprocessors && args.max_capacity >= 2048;
-  return (many || few) && args.key_dim + args.value_dim <= 256 ? 2 : 1;
+// Measured on an H200. Two blocks to a multiprocessor are best for a few long heads, which are spread wider, and for many, where the
+// end of one passes under the keys of another block's. Long rows need the memory of one.
+int32_t AttendBlocks(const AttendArgs& args, const Head* const* described, const AttendMachine* machines) {
+  const AttendMachine &one = machines[0], &two = machines[1], &three = machines[2];
+  if (args.dtype == DType::kF32 || args.key_dim + args.value_dim > 256) return 1;
+  const Work work = Measure(args, described);
+  if (work.heads <= one.multiprocessors) {
+    const bool few = 16 * work.heads <= one.multiprocessors && args.max_capacity >= 2048;
+    return few ? 2 : 1;
+  }
+  if (EachHeadABlock(args, work, two)) return Fill(work.heads, two) < kFilled && three.compute_capability >= 90 ? 3 : 2;
+  return work.heads >= 4 * one.multiprocessors ? 2 : 1;
 }
 
 cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const AttendMachine& machine) {
@@ -410,7 +453,6 @@ cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const
 void Attend(const AttendArgs& args, const Head* const* described, const AttendMachine& machine, cudaStream_t stream) {
   AttendLaunch launch;
   launch.args = args;
-  launch.prefetch = machine.dependent_launches && machine.prefetch;
   const int32_t rows = args.tokens * args.group;
   const bool plain = args.dtype == DType::kF32;
   const int32_t at_once = plain ? kPlainRows : kPartialRows;
@@ -418,10 +460,14 @@ void Attend(const AttendArgs& args, const Head* const* described, const AttendMa
   Choice choice;
   if (!plain) {
     const Work work = Measure(args, described);
-    choice = Choose(args, work, machine);
+    const bool each = EachHeadABlock(args, work, machine);
+    choice = each ? Choice{.cluster = 0, .whole = true} : Choose(args, work, machine);
     const int32_t most = machine.clusters[choice.cluster];
-    shares = args.sizes_change ? most : CutShares(args, described, work, choice.whole, most, launch.shares);
-    launch.cut = args.sizes_change ? most : 0;
+    launch.heads = each || (choice.whole && args.sizes_change);
+    launch.cut = args.sizes_change && !launch.heads ? most : 0;
+    shares = launch.heads     ? work.heads
+             : launch.cut > 0 ? launch.cut
+                              : CutShares(args, described, work, choice.whole, most, launch.shares);
   }
   for (launch.first_row = 0; launch.first_row < rows; launch.first_row += at_once) {
     launch.rows = std::min(at_once, rows - launch.first_row);

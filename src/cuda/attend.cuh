@@ -43,7 +43,7 @@ struct AttendLaunch {
   int32_t stages;           // of a warp's ring
   int32_t split;            // keys of one block (of the plain kernel)
   int32_t cut;              // > 0: so many shares, which the device cuts itself
-  bool prefetch;            // tiles into the L2 before the kernel before is done
+  bool heads;               // a share is a head, which the device looks up itself
   Share shares[kMostShares + 1];
 };
 

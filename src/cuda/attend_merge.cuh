@@ -15,8 +15,8 @@ struct MergeMemory {
     float2 pairs[kPairs + kMostCluster];  // (blocks, pairs of this block)
     float2 states[kMostCluster][kMergeRows];
   };
-  struct alignas(16) Warp {  // written by 16 bytes
-    float rows[kMergeRows][kValueDim];
+  struct alignas(16) Warp {                 // written by 16 bytes
+    float rows[kMergeRows][kValueDim + 8];  // so that threads that store together do so to different banks
     float2 states[kMergeRows];
   };
   Inbox inbox[2];
@@ -97,7 +97,7 @@ __device__ __forceinline__ void Finish(const AttendLaunch& launch, const State& 
                   each = static_cast<int32_t>(CeilDiv(pairs, blocks));
     auto& inbox = memory.inbox[turn % 2];
     __syncthreads();  // nobody reads any more what is overwritten now
-    state.StoreRows(first, &memory.warp[warp].rows[0][0], memory.warp[warp].states);
+    state.template StoreRows<kValueDim + 8>(first, &memory.warp[warp].rows[0][0], memory.warp[warp].states);
     if (blocks > 1 && turn == 0) ClusterWait();  // all blocks are there
     __syncthreads();
     for (int32_t i = thread; i < pairs; i += threads) {

@@ -214,12 +214,12 @@ struct AttendMachine {
   int32_t blocks;                   // of a multiprocessor at once
   int32_t shared_bytes;             // that a block may take
   bool dependent_launches;          // kernels may be launched before the one before them is done, and wait themselves
-  bool prefetch = true;             // then first tiles go to the L2 before the wait
   int32_t clusters[kClusterSizes];  // of 2^i blocks that run at once; 0: such clusters are not to be used
 };
 cudaError_t DescribeAttend(int32_t device, int32_t blocks, AttendMachine* machine);
-// How many blocks of a multiprocessor take this best: 1, or 2.
-int32_t AttendBlocks(const AttendArgs& args, int32_t multiprocessors);
+// How many blocks of a multiprocessor take this best. machines (kMostBlocks): as described for 1, 2, .. of them.
+inline constexpr int32_t kMostBlocks = 3;
+int32_t AttendBlocks(const AttendArgs& args, const Head* const* described, const AttendMachine* machines);
 // On every device, before Attend with these types and dims. The device is the current one.
 cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const AttendMachine& machine);
 // described: what args.heads points to, on the host.

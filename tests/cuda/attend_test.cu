@@ -62,9 +62,9 @@ constexpr DType TypeOf() {
 
 struct Case {
   int32_t caches, kv_heads, group, tokens, key_dim, value_dim;
-  int32_t most_capacity;     // capacities are ragged up to it
-  float logits = 1;          // standard deviation, about
-  bool free_blocks = false;  // long stretches of free slots, too
+  int32_t least_capacity = 1, most_capacity;  // capacities are ragged up to it
+  float logits = 1;                           // standard deviation, about
+  bool free_blocks = false;                   // long stretches of free slots, too
 };
 
 // What one KV head of one cache holds, on the host.
@@ -87,7 +87,8 @@ struct Problem {
 
   HostHead<T> MakeHead(std::mt19937& rng) const {
     std::normal_distribution<float> normal;
-    const int32_t capacity = 1 + static_cast<int32_t>(rng() % static_cast<uint32_t>(c.most_capacity));
+    const int32_t capacity =
+        c.least_capacity + static_cast<int32_t>(rng() % static_cast<uint32_t>(c.most_capacity - c.least_capacity + 1));
     HostHead<T> head;
     const int fullness = static_cast<int>(rng() % 4);  // 0: empty slots only, in some
     int32_t stretch = 0;
@@ -242,9 +243,13 @@ std::vector<AttendMachine> Machines(const AttendMachine& machine) {
     one.dependent_launches = false;
     all.push_back(one);
   }
-  AttendMachine two = machine;
-  EXPECT_EQ(DescribeAttend(0, 2, &two), cudaSuccess);
-  all.push_back(two);
+  for (int32_t blocks = 2; blocks <= kMostBlocks; ++blocks) {
+    AttendMachine several = machine;
+    EXPECT_EQ(DescribeAttend(0, blocks, &several), cudaSuccess);
+    all.push_back(several);
+    several.multiprocessors = 5;  // heads that are alike, and more than this, get a block each
+    all.push_back(several);
+  }
   AttendMachine small = machine;  // shared memory of smaller devices: few stages
   small.shared_bytes = std::min(machine.shared_bytes, 99 * 1024);
   all.push_back(small);
@@ -300,6 +305,21 @@ TYPED_TEST(AttendTest, AttendsAsDoublePrecisionDoes) {
                   ++seed);
   }
   std::printf("%d runs, largest error %.2f of what rounding allows\n", this->runs_, this->largest_);
+}
+
+TYPED_TEST(AttendTest, HeadsThatAreAlike) {
+  for (const int32_t group : {1, 5, 9})
+    this->Check({.caches = 4,
+                 .kv_heads = 5,
+                 .group = group,
+                 .tokens = 1,
+                 .key_dim = 128,
+                 .value_dim = 128,
+                 .least_capacity = 500,
+                 .most_capacity = 520,
+                 .logits = 1.0f,
+                 .free_blocks = true},
+                100 + static_cast<uint32_t>(group));
 }
 
 TYPED_TEST(AttendTest, ManyCachesOfAllSizes) {
