@@ -129,3 +129,18 @@ def error_maps(results, folder, length, shown):
     axes[0][0].set_ylabel("layer")
     figure.colorbar(image, ax=axes.ravel().tolist(), shrink=0.8)
     return save(figure, folder, f"errors-{length}", f"{length} tokens, {budget} entries: relative error of attention outputs by layer and query head")
+
+
+def times(results, folder, length):
+    """Time per token of every policy, slowest below, at the budget at which most have one."""
+    policies = list(dict.fromkeys(key[2] for key in results.timed if key[:2] == ("stream", length)))
+    named = lambda budget: {name: mean(found) for name in policies if (found := results.times(name, budget, length))}
+    budget = max((key[3] for key in results.timed if key[:2] == ("stream", length)), key=lambda budget: len(named(budget)), default=0)
+    seconds = named(budget)
+    if len(seconds) < 2:
+        return []
+    names = sorted(seconds, key=seconds.get, reverse=True)
+    figure, axis = plt.subplots(figsize=(7, 0.6 + 0.19 * len(names)), layout="constrained")
+    axis.barh(names, [seconds[name] for name in names], color=["black" if name.startswith("express") else "tab:blue" for name in names])
+    axis.set_xlabel("µs per token"), axis.grid(False, axis="y"), axis.tick_params(axis="y", labelsize=7)
+    return save(figure, folder, f"times-{length}", f"{length} tokens, {budget} entries: time per token")

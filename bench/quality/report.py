@@ -33,16 +33,25 @@ def show(values, digits=4, scale=1):
     return f"{mean:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
+def read(paths):
+    return [json.loads(line) for path in paths for line in (lzma.open(path, "rt") if path.endswith(".xz") else open(path))]
+
+
 class Results:
     """Rows by (protocol, length, kind, policy, budget)."""
 
-    def __init__(self, paths, which=None, budgets=None):
-        rows = [json.loads(line) for path in paths for line in (lzma.open(path, "rt") if path.endswith(".xz") else open(path))]
+    def __init__(self, paths, which=None, budgets=None, timed=()):
+        """timed: files whose rows give the times, in place of those of `paths`: the same settings, run alone"""
+        rows = read(paths)
         rows = [row for row in rows if which in (None, row["set"]) and (not budgets or row["budget"] in [0] + budgets)]
         self.rows = list({tuple(row[name] for name in KEY): row for row in reversed(rows)}.values())[::-1]  # the first of each: shards repeat exact
         self.index = collections.defaultdict(list)
         for row in self.rows:
             self.index[row["protocol"], row["length"], row["kind"], row["policy"], row["budget"]].append(row)
+        self.timed = collections.defaultdict(set)  # texts side by side share a time
+        for row in read(timed) if timed else self.rows:
+            if "us_per_token" in row:
+                self.timed[row["protocol"], row["length"], row["policy"], row["budget"]].add(row["us_per_token"])
         of = lambda name: list(dict.fromkeys(row[name] for row in self.rows))
         self.policies, self.lengths, self.kinds, self.protocols = of("policy"), sorted(of("length")), of("kind"), of("protocol")
         self.budgets = sorted(budget for budget in of("budget") if budget)
@@ -66,6 +75,10 @@ class Results:
         mine = self.by_text(self.get(policy, budget, length, kind, protocol), field)
         other = self.by_text(self.get(*base, length, kind, protocol), field)
         return [mine[text] - other[text] for text in mine if text in other]
+
+    def times(self, policy, budget, length):
+        """µs per token of every run; those of a policy without a budget stand beside all budgets."""
+        return sorted(self.timed.get(("stream", length, policy, 0)) or self.timed.get(("stream", length, policy, budget)) or [])
 
     def answered(self, length, kind, protocol):
         """{text: for each question whether exact attention answers it}; only those count."""
@@ -127,15 +140,15 @@ def paired_table(results, length, kind, base, budgets):
 
 
 def time_table(results, length):
+    """All that was timed, at the budgets at which something was."""
+    keys = [key[2:] for key in results.timed if key[:2] == ("stream", length)]
+    budgets = sorted({budget for _, budget in keys if budget})
     rows = []
-    for policy in results.policies:
-        cells = []
-        for budget in results.budgets:
-            found = [row["us_per_token"] for kind in results.kinds for row in results.get(policy, budget, length, kind) if "us_per_token" in row]
-            cells.append(f"{sum(found) / len(found):.1f}" if found else "–")
-        if set(cells) != {"–"}:
+    for policy in dict.fromkeys(policy for policy, _ in keys):
+        cells = [show(results.times(policy, budget, length), 1) for budget in budgets]
+        if set(cells) - {"–"}:
             rows.append([policy] + cells)
-    return table(["µs per token"] + [str(budget) for budget in results.budgets], rows) if rows else []
+    return table(["µs per token"] + [str(budget) for budget in budgets], rows) if rows else []
 
 
 def bottleneck_table(results, length, budget, default, window="window"):
@@ -201,8 +214,9 @@ def write_report(results, options):
         if options.default in results.policies and options.bottleneck in results.budgets:
             lines += section("### The four uses, texts with facts", bottleneck_table(results, length, options.bottleneck, options.default))
         lines += section("### Error of attention outputs by layer (mean over heads)", layer_lines(results, length))
-        lines += section("### Time", time_table(results, length),
-                         "Of this harness, all sequences side by side; it compares the work of policies written alike, not libraries.")
+        lines += section("### Time", figures.times(results, options.out, length) + time_table(results, length),
+                         "Of this harness, all sequences side by side, the model's own work included; it compares policies written alike, not libraries. "
+                         "Mean ± standard error over runs, where there are several." + (f" {options.time_note}" if options.time_note else ""))
     with open(os.path.join(options.out, "report.md"), "w") as file:
         file.write("\n".join(lines).rstrip() + "\n")
 
@@ -215,11 +229,13 @@ def main():
     parser.add_argument("--budgets", type=lambda text: [int(x) for x in text.split(",")], help="only these")
     parser.add_argument("--title", default="Quality of cache policies")
     parser.add_argument("--note", help="machine, date, commit: goes below the title")
+    parser.add_argument("--times", action="append", default=[], help="times from this file of rows, of a run with the machine to itself")
+    parser.add_argument("--time-note", help="where times were taken: goes above their table")
     parser.add_argument("--default", default="express, profile", help="the policy that others are compared with")
     parser.add_argument("--bottleneck", type=int, default=1024, help="budget of the table of the four uses")
     parser.add_argument("--policies", help="only these in the figures, between semicolons")
     options = parser.parse_args()
-    results = Results(options.results, options.set, options.budgets)
+    results = Results(options.results, options.set, options.budgets, options.times)
     names = [name.strip() for name in options.policies.split(";")] if options.policies else results.policies
     options.shown = [name for name in names if name in results.policies]
     os.makedirs(options.out, exist_ok=True)
