@@ -54,7 +54,7 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
                        std::vector<PlanMemory>* plans, std::vector<HeadMemory>* heads) {
   const Config& c = cache.config_;
   const int64_t element = SizeOf(c.dtype), kv = c.kv_heads;
-  int64_t most_plans = 0;  // of one layer
+  int64_t most_plans = cache.largest() != nullptr ? kv : 0;  // of one layer, ever
   for (int32_t layer = 0; layer < c.layers; ++layer)
     most_plans = std::max<int64_t>(most_plans, cache.end_plan(layer) - cache.first_plan(layer));
   int64_t budget = 0, protect = 0, sinks = 0, tail = 0;
@@ -176,9 +176,8 @@ void PromptRun::Reserve() {
   blocks_.reserve(static_cast<size_t>(shape_.blocks));
   const int64_t most = cache_.MostBudget();
   ints_.reserve(static_cast<size_t>(std::max({most, shape_.blocks, kExactTokens / 64 + 1})));
-  more_ints_.reserve(static_cast<size_t>(most));
   ranks_.reserve(static_cast<size_t>(most));
-  floats_.reserve(static_cast<size_t>(most));
+  lists_.Reserve(most);
   const auto heads = static_cast<size_t>(cache_.config_.kv_heads);
   admit_.reserve(heads);
   span_heads_.reserve(heads);
@@ -190,71 +189,99 @@ void PromptRun::Reserve() {
 
 // ---- the plans ----
 
-// Whether this prompt's plans are recorded already; if not, makes room to record them.
+// Finds what is recorded of this prompt's plans, and makes room for what is not.
 void PromptRun::StartRecording() {
-  PromptHost::Recording& r = host_->recording;
-  size_t bytes = 0;
-  for (int32_t i = 0; i < plan_count(); ++i) bytes += StateBytes(plan(i).plan);
-  host_->state.resize(bytes);
-  bytes = 0;
-  bool same = r.complete && r.tokens == input_.tokens && r.block == block_ &&
-              r.settings.size() == static_cast<size_t>(plan_count());
-  for (int32_t i = 0; i < plan_count(); ++i) {
-    Archive archive = Archive::Writer(host_->state.data() + bytes);
-    plan(i).plan.Transfer(archive);
-    bytes += archive.used();
-    same = same && r.settings[static_cast<size_t>(i)] == plan(i).plan.setting();
-  }
-  recorded_ = same && r.before == host_->state;
-  if (recorded_) return;
+  PromptHost& host = *host_;
+  if (host.tokens != input_.tokens || host.block != block_) host.recordings.clear();
+  host.tokens = input_.tokens;
+  host.block = block_;
+  ++host.calls;
+  const auto count = static_cast<size_t>(plan_count());
   std::vector<const plan::Plan*> plans;
   for (int32_t i = 0; i < plan_count(); ++i) plans.push_back(&plan(i).plan);
-  host_->span.Reset(plans, shape_.span, shape_.blocks);
-  recording_ = input_.tokens <= kRecorded;
-  r = PromptHost::Recording();
-  if (!recording_) return;
-  r.tokens = input_.tokens;
-  r.block = block_;
-  for (const plan::Plan* p : plans) r.settings.push_back(p->setting());
-  r.before = host_->state;
-  r.after.resize(bytes);
+  recording_.assign(count, nullptr);
+  alone_.assign(count, nullptr);
+  host.alone.resize(std::max(host.alone.size(), count));
+  if (count > 1) host.joined.Reserve(plans, shape_.span, shape_.blocks);
+  for (int32_t i = 0; i < plan_count(); ++i) {
+    PromptHost::Recording*& recording = recording_[static_cast<size_t>(i)];
+    recording = FindRecording(plan(i).plan);
+    if (recording != nullptr) recording->used = host.calls;
+  }
+  for (int32_t i = 0; i < plan_count(); ++i) {
+    if (recording_[static_cast<size_t>(i)] != nullptr) continue;
+    host.alone[static_cast<size_t>(i)].Reset({&plan(i).plan}, shape_.span, shape_.blocks);
+    if (input_.tokens <= kRecorded) MakeRecording(i);
+  }
 }
 
-void PromptRun::KeepSpan() {
-  if (!recording_) return;
-  try {
-    host_->recording.spans.push_back(host_->span);
-  } catch (const std::bad_alloc&) {  // the prompt goes on without
-    recording_ = false;
-    host_->recording = PromptHost::Recording();
+PromptHost::Recording* PromptRun::FindRecording(plan::Plan& plan) {
+  for (const auto& recording : host_->recordings) {
+    if (!recording->complete || !(recording->setting == plan.setting())) continue;
+    Archive archive = Archive::Comparer(recording->before.data());
+    plan.Transfer(archive);
+    if (archive.same()) return recording.get();
   }
+  return nullptr;
+}
+
+// In place of the one that has not been used for longest, if there are many.
+void PromptRun::MakeRecording(int32_t i) {
+  auto& recordings = host_->recordings;
+  if (recordings.size() >= std::max(PromptHost::kMost, static_cast<size_t>(plan_count())))
+    recordings.erase(std::min_element(recordings.begin(), recordings.end(),
+                                      [](const auto& a, const auto& b) { return a->used < b->used; }));
+  auto recording = std::make_unique<PromptHost::Recording>();
+  recording->setting = plan(i).plan.setting();
+  recording->before.resize(StateBytes(plan(i).plan));
+  Archive archive = Archive::Writer(recording->before.data());
+  plan(i).plan.Transfer(archive);
+  recording->after.resize(recording->before.size());
+  recording->lists.Reserve(recording->setting.budget);
+  recording->used = host_->calls;
+  recording_[static_cast<size_t>(i)] = recording.get();
+  recordings.push_back(std::move(recording));
+}
+
+// The next `tokens` tokens of one plan, with what has been recorded of them, or to be recorded.
+const plan::Span* PromptRun::RecordAlone(int32_t i, int64_t tokens) {
+  PromptHost::Recording*& recording = recording_[static_cast<size_t>(i)];
+  if (recording != nullptr && recording->complete) return &recording->spans[static_cast<size_t>(spans_)];
+  plan::Span& span = host_->alone[static_cast<size_t>(i)];
+  span.Begin();
+  span.Record(0, plan(i).plan, tokens, block_, cache_.plans_.operations);
+  span.Finish(cuda::kSpanClasses, cuda::kSpanTogether);
+  if (recording == nullptr) return &span;
+  try {
+    recording->spans.push_back(span);
+  } catch (const std::bad_alloc&) {  // the prompt goes on without
+    recording = nullptr;
+  }
+  return &span;
 }
 
 // The next `tokens` tokens of all plans.
 void PromptRun::RecordSpan(int64_t tokens) {
-  if (recorded_) {
-    span_ = &host_->recording.spans[static_cast<size_t>(spans_)];
-  } else {
-    host_->span.Begin();
-    for (int32_t i = 0; i < plan_count(); ++i)
-      host_->span.Record(i, plan(i).plan, tokens, block_, cache_.plans_.operations);
-    host_->span.Finish(cuda::kSpanClasses, cuda::kSpanTogether);
-    span_ = &host_->span;
-    KeepSpan();
+  for (int32_t i = 0; i < plan_count(); ++i) alone_[static_cast<size_t>(i)] = RecordAlone(i, tokens);
+  span_ = alone_[0];
+  if (plan_count() > 1) {
+    host_->joined.Join(alone_);
+    host_->joined.Finish(cuda::kSpanClasses, cuda::kSpanTogether);
+    span_ = &host_->joined;
   }
   for (const plan::SpanJoin& join : span_->joins()) joined_[static_cast<size_t>(join.plan)].push_back(join.slot);
 }
 
 // The plans as they are after the prompt.
 void PromptRun::FinishPlans() {
-  PromptHost::Recording& r = host_->recording;
-  size_t bytes = 0;
-  for (int32_t i = 0; i < plan_count() && (recorded_ || recording_); ++i) {
-    Archive archive = recorded_ ? Archive::Reader(r.after.data() + bytes) : Archive::Writer(r.after.data() + bytes);
+  for (int32_t i = 0; i < plan_count(); ++i) {
+    PromptHost::Recording* recording = recording_[static_cast<size_t>(i)];
+    if (recording == nullptr) continue;
+    char* const after = recording->after.data();
+    Archive archive = recording->complete ? Archive::Reader(after) : Archive::Writer(after);
     plan(i).plan.Transfer(archive);
-    bytes += archive.used();
+    recording->complete = true;
   }
-  r.complete = recorded_ || recording_;
 }
 
 // Spans end where blocks end.

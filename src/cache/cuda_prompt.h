@@ -20,19 +20,36 @@
 
 namespace express::cache {
 
-// What the host keeps from prompt to prompt of a cache. The layers of a model mostly have the same settings, and so the same plan
-// for a prompt: what was recorded for one layer serves the next.
+// The entries of a plan after a prompt: what they are, where they belong, and what slots weigh.
+struct EntryLists {
+  std::vector<int32_t> code, to;  // nodes of the coreset first, then protected entries, then rows
+  std::vector<float> weights;
+  int32_t nodes = 0;
+  void Reserve(int64_t budget) {
+    code.reserve(static_cast<size_t>(budget));
+    to.reserve(static_cast<size_t>(budget));
+    weights.reserve(static_cast<size_t>(budget));
+  }
+};
+
+// What the host keeps from prompt to prompt of a cache. Few settings differ from layer to layer of a model, and plans of one setting do
+// the same in a prompt: what was recorded for one serves the next.
 struct PromptHost {
   struct Recording {
+    plan::Setting setting;
     bool complete = false;
-    int64_t tokens = 0, block = 0;
-    std::vector<plan::Setting> settings;  // of the layer's plans
-    std::vector<char> before, after;      // their states
-    std::vector<plan::Span> spans;
+    std::vector<char> before, after;  // the plan's states
+    std::vector<plan::Span> spans;    // of this plan alone
+    bool listed = false;
+    EntryLists lists;  // of the end
+    int64_t used = 0;  // the last call that has used it
   };
-  plan::Span span;  // in work
-  Recording recording;
-  std::vector<char> state;
+  static constexpr size_t kMost = 16;  // recordings, or as many as a layer has plans
+  int64_t tokens = 0, block = 0;       // of the prompts that are recorded
+  int64_t calls = 0;
+  std::vector<std::unique_ptr<Recording>> recordings;
+  std::vector<plan::Span> alone;  // of each plan of the layer, in work
+  plan::Span joined;
 };
 
 class PromptRun {
@@ -104,8 +121,10 @@ class PromptRun {
   const cuda::Head& head(int32_t kv_head) const;
   // The plans.
   void StartRecording();
+  PromptHost::Recording* FindRecording(plan::Plan& plan);
+  void MakeRecording(int32_t i);
   void RecordSpan(int64_t tokens);
-  void KeepSpan();
+  const plan::Span* RecordAlone(int32_t i, int64_t tokens);
   void FinishPlans();
   int64_t SpanEnd(int64_t first) const;
 
@@ -117,7 +136,8 @@ class PromptRun {
   void DescribeEarly();
   void DescribeSpan(int64_t first);
   void DescribeStore();
-  void ListEntries(int32_t plan);
+  void ListEntries(int32_t plan, EntryLists* lists);
+  void DescribeEntries(int32_t plan);
   void DescribeCopies(int32_t kv_head, int32_t listed, int32_t rows);
 
   void CountEarly();
@@ -156,11 +176,12 @@ class PromptRun {
   cudaStream_t graph_;  // where graphs run
   cuda::Uploader uploader_;
   PromptHost* host_ = nullptr;
-  const plan::Span* span_ = nullptr;           // in work
-  bool recorded_ = false, recording_ = false;  // the prompt is in host_->recording; is to be put there
-  int64_t spans_ = 0;                          // done
-  int32_t early_ = 0;                          // blocks of the first span that see all before them
-  bool exact_ = false;                         // all queries of all heads do, of all spans
+  const plan::Span* span_ = nullptr;               // in work
+  std::vector<PromptHost::Recording*> recording_;  // per plan: where the prompt is recorded, or is to be; or null
+  std::vector<const plan::Span*> alone_;           // per plan
+  int64_t spans_ = 0;                              // done
+  int32_t early_ = 0;                              // blocks of the first span that see all before them
+  bool exact_ = false;                             // all queries of all heads do, of all spans
   // Per plan: what the call began with, and departures so far.
   struct Begin {
     std::vector<int32_t> old_tail;  // slots, oldest first
@@ -176,8 +197,8 @@ class PromptRun {
   int32_t most_listed_ = 0,
           most_rows_ = 0;  // entries of one plan that the selection decides upon, and rows known before
   std::vector<cuda::SpanBlock> blocks_;
-  std::vector<int32_t> ints_, more_ints_, ranks_;
-  std::vector<float> floats_;
+  std::vector<int32_t> ints_, ranks_;
+  EntryLists lists_;
 };
 
 }  // namespace express::cache

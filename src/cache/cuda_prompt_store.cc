@@ -7,33 +7,31 @@
 namespace express::cache {
 
 // The entries of plan i that are not where they belong, and their places: slots, or ranks of slots in the output's order.
-void PromptRun::ListEntries(int32_t i) {
+void PromptRun::ListEntries(int32_t i, EntryLists* lists) {
   const plan::Plan& p = plan(i).plan;
-  const PlanMemory& m = plan_memory_[static_cast<size_t>(i)];
   const std::vector<int32_t>& nodes = span_->slot_nodes(i);
   const std::vector<int32_t>& joined = joined_[static_cast<size_t>(i)];
   const int64_t budget = p.setting().budget;
-  std::vector<int32_t>& rank = ranks_;
-  rank.clear();
+  ranks_.clear();
   int32_t live = 0;
-  floats_.clear();
+  lists->weights.clear();
   for (int64_t slot = 0; slot < budget; ++slot) {
     const int64_t weight = p.weight(slot);
-    rank.push_back(output_ != nullptr ? live : static_cast<int32_t>(slot));
+    if (output_ != nullptr) ranks_.push_back(live);
     live += weight > 0;
     if (output_ == nullptr || weight > 0)
-      floats_.push_back(weight > 0 ? LogWeight(weight) : -std::numeric_limits<float>::infinity());
+      lists->weights.push_back(weight > 0 ? LogWeight(weight) : -std::numeric_limits<float>::infinity());
   }
-  ints_.clear();
-  more_ints_.clear();
+  lists->code.clear();
+  lists->to.clear();
   const auto put = [&](int32_t code, plan::Slot slot) {
-    ints_.push_back(code);
-    more_ints_.push_back(slot < 0 ? 0 : rank[static_cast<size_t>(slot)]);
+    lists->code.push_back(code);
+    lists->to.push_back(slot < 0 ? 0 : output_ != nullptr ? ranks_[static_cast<size_t>(slot)] : slot);
   };
   for (int64_t slot = 0; slot < budget; ++slot)
     if (nodes[static_cast<size_t>(slot)] != plan::Span::kNoNode)
       put(nodes[static_cast<size_t>(slot)], static_cast<plan::Slot>(slot));
-  const auto node_count = static_cast<int32_t>(ints_.size());
+  lists->nodes = static_cast<int32_t>(lists->code.size());
   // Slots of protected entries from before this call are known to the device.
   const int64_t before = begin_[static_cast<size_t>(i)].protected_count;
   for (int64_t j = 0; j < p.protected_count(); ++j)
@@ -44,18 +42,30 @@ void PromptRun::ListEntries(int32_t i) {
     const int64_t row = p.tokens() - p.tail_count() + j - first_position_;
     if (row >= 0) put(static_cast<int32_t>(row), p.tail_slot(j));
   }
-  uploader_.Add(m.code, ints_.data(), ints_.size() * sizeof(int32_t));
-  uploader_.Add(m.to, more_ints_.data(), more_ints_.size() * sizeof(int32_t));
-  if (output_ != nullptr) uploader_.Add(m.weights, floats_.data(), floats_.size() * sizeof(float));
+}
+
+// The lists of plan i to the device; what has been listed for a plan that did the same is listed already.
+void PromptRun::DescribeEntries(int32_t i) {
+  const plan::Plan& p = plan(i).plan;
+  const PlanMemory& m = plan_memory_[static_cast<size_t>(i)];
+  PromptHost::Recording* recording = recording_[static_cast<size_t>(i)];
+  EntryLists& lists = recording != nullptr ? recording->lists : lists_;
+  if (recording == nullptr || !recording->listed) ListEntries(i, &lists);
+  if (recording != nullptr) recording->listed = true;
+  uploader_.Add(m.code, lists.code.data(), lists.code.size() * sizeof(int32_t));
+  uploader_.Add(m.to, lists.to.data(), lists.to.size() * sizeof(int32_t));
+  const auto weight_bytes = lists.weights.size() * sizeof(float);
+  if (output_ != nullptr) uploader_.Add(m.weights, lists.weights.data(), weight_bytes);
   // A fresh cache's rows go where they go whatever is selected: their copies are not listed.
-  const auto count = static_cast<int32_t>(ints_.size()), protects = static_cast<int32_t>(p.protected_count());
-  const int32_t listed = fresh() ? node_count + protects : count;
-  const cuda::SpanStorePlan store{.code = m.code,
-                                  .to = m.to,
-                                  .nodes = node_count,
-                                  .protects = protects,
-                                  .count = listed,
-                                  .protected_before = static_cast<int32_t>(before)};
+  const auto count = static_cast<int32_t>(lists.code.size()), protects = static_cast<int32_t>(p.protected_count());
+  const int32_t listed = fresh() ? lists.nodes + protects : count;
+  const cuda::SpanStorePlan store{
+      .code = m.code,
+      .to = m.to,
+      .nodes = lists.nodes,
+      .protects = protects,
+      .count = listed,
+      .protected_before = static_cast<int32_t>(begin_[static_cast<size_t>(i)].protected_count)};
   uploader_.Add(memory_.store_plans + i, &store, sizeof(store));
   most_listed_ = std::max(most_listed_, listed);
   most_rows_ = std::max(most_rows_, count - listed);
@@ -63,8 +73,7 @@ void PromptRun::ListEntries(int32_t i) {
   for (int32_t h = 0; h < state.head_count; ++h) {
     const int32_t kv_head = cache_.plans_.plan_heads[state.first_head + h] % cache_.config_.kv_heads;
     const cuda::Head& device = head(kv_head);
-    if (output_ == nullptr && device.leader != 0)
-      uploader_.Add(device.log_weight, floats_.data(), floats_.size() * sizeof(float));
+    if (output_ == nullptr && device.leader != 0) uploader_.Add(device.log_weight, lists.weights.data(), weight_bytes);
     DescribeCopies(kv_head, listed, count - listed);
   }
 }
@@ -117,7 +126,7 @@ void PromptRun::DescribeCopies(int32_t g, int32_t listed, int32_t rows) {
 
 // Every entry to its slot, or to the caller's output: the lists.
 void PromptRun::DescribeStore() {
-  for (int32_t i = 0; i < plan_count(); ++i) ListEntries(i);
+  for (int32_t i = 0; i < plan_count(); ++i) DescribeEntries(i);
   const auto send = [&](auto* to, const auto& from) { uploader_.Add(to, from.data(), from.size() * sizeof(from[0])); };
   if (most_listed_ > 0) send(memory_.store_heads, store_heads_);
   if (output_ == nullptr && !fresh()) send(memory_.stage_heads, stage_heads_);

@@ -14,9 +14,16 @@ class Archive {
   Archive() = default;  // counts
   static Archive Writer(void* data) { return Archive(static_cast<char*>(data), nullptr); }
   static Archive Reader(const void* data) { return Archive(nullptr, static_cast<const char*>(data)); }
+  // Neither writes nor reads: same() tells whether what is written there is what would be written now.
+  static Archive Comparer(const void* data) {
+    Archive archive;
+    archive.other_ = static_cast<const char*>(data);
+    return archive;
+  }
 
   bool reading() const { return from_ != nullptr; }
   size_t used() const { return used_; }
+  bool same() const { return same_; }
 
   template <class T>
   void Field(T& x) {
@@ -32,6 +39,7 @@ class Archive {
       std::memset(to_ + used_ + bytes, 0, room - bytes);
     }
     if (from_ != nullptr && bytes > 0) std::memcpy(data, from_ + used_, bytes);
+    if (other_ != nullptr && bytes > 0) same_ = same_ && std::memcmp(other_ + used_, data, bytes) == 0;
     used_ += room;
   }
 
@@ -40,6 +48,8 @@ class Archive {
 
   char* to_ = nullptr;
   const char* from_ = nullptr;
+  const char* other_ = nullptr;
+  bool same_ = true;
   size_t used_ = 0;
 };
 

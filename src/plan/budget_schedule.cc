@@ -23,34 +23,34 @@ void BudgetSchedule::Reset() {
 
 int BudgetSchedule::Top() const {
   int top = bottom_;
-  for (int h = bottom_; h < kLevels; ++h)
-    if (levels_[static_cast<size_t>(h)].count > 0) top = h;
+  int64_t left = population_;
+  for (int h = bottom_; left > 0 && h < kLevels; ++h) {
+    if (level_count(h) > 0) top = h;
+    left -= level_count(h);
+  }
   return top;
 }
 
-// cap_h = max(floor, B' (1 - c) c^(H - h))
-double BudgetSchedule::Capacity(int level, int top) const {
-  double capacity = static_cast<double>(slots_) * (1 - fraction_);
-  for (int h = level; h < top; ++h) capacity *= fraction_;
-  return std::max(static_cast<double>(floor_), capacity);
-}
-
-// The lowest level whose population has reached its capacity, else the most populous one.
-int BudgetSchedule::ChooseLevel(int top) const {
-  int fullest = bottom_;
-  for (int h = bottom_; h <= top; ++h) {
+// The lowest level whose population has reached its capacity, else the most populous one; and that capacity,
+// cap_h = max(floor, B' (1 - c) c^(H - h)).
+int BudgetSchedule::ChooseLevel(double* capacity) const {
+  int reached = -1, fullest = -1;
+  double own = static_cast<double>(slots_) * (1 - fraction_), reached_capacity = 0, fullest_capacity = 0;
+  for (int h = Top(); h >= bottom_; --h, own *= fraction_) {
     const int64_t count = level_count(h);
-    if (static_cast<double>(count) >= Capacity(h, top)) return h;
-    if (count > level_count(fullest)) fullest = h;
+    const double most = std::max(static_cast<double>(floor_), own);
+    if (static_cast<double>(count) >= most) reached = h, reached_capacity = most;
+    if (fullest < 0 || count >= level_count(fullest)) fullest = h, fullest_capacity = most;
   }
-  return fullest;
+  *capacity = reached >= 0 ? reached_capacity : fullest_capacity;
+  return reached >= 0 ? reached : fullest;
 }
 
 void BudgetSchedule::HalveOne(Pool& pool, Operations& out) {
-  const int top = Top();
-  const int level = ChooseLevel(top);
+  double capacity = 0;
+  const int level = ChooseLevel(&capacity);
   Fifo& from = levels_[static_cast<size_t>(level)];
-  const int64_t count = std::min(from.count, static_cast<int64_t>(Capacity(level, top))) / 2 * 2;
+  const int64_t count = std::min(from.count, static_cast<int64_t>(capacity)) / 2 * 2;
   pool.Halve(from, count, levels_[static_cast<size_t>(level) + 1], out);
   population_ -= count / 2;
   if (Top() - bottom_ + 1 > max_levels_) RetireBottom(pool, out);

@@ -63,8 +63,7 @@ class BudgetSchedule {
   static constexpr int kLevels = 64;  // weights are 64-bit
 
   int Top() const;
-  double Capacity(int level, int top) const;
-  int ChooseLevel(int top) const;
+  int ChooseLevel(double* capacity) const;
   void HalveOne(Pool& pool, Operations& out);
   void RetireBottom(Pool& pool, Operations& out);
 

@@ -48,25 +48,33 @@ float Span::LogWeight(int64_t weight) const {
 }
 
 void Span::Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots) {
+  Reserve(plans, tokens, snapshots);
+  for (size_t i = 0; i < plans.size(); ++i) {
+    const int64_t budget = plans[i]->setting().budget;
+    PlanRecord& record = plans_[i];
+    record.node.assign(static_cast<size_t>(budget), kNoNode);
+    record.place.assign(static_cast<size_t>(budget), -1);
+    record.coreset.clear();
+    record.coreset.reserve(static_cast<size_t>(budget));
+    record.depth.reserve(static_cast<size_t>(Bound(budget, tokens, snapshots).nodes));
+    record.alone = nullptr;
+    plans[i]->ForEachCoresetSlot([&](Slot slot) { SetNode(record, slot, slot); });
+  }
+}
+
+void Span::Reserve(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots) {
   plans_.resize(plans.size());
   size_t samples = 0, halves = 0, list = 0, members = 0, joins = 0, depths = 0;
   for (size_t i = 0; i < plans.size(); ++i) {
     const int64_t budget = plans[i]->setting().budget;
     const Bounds bound = Bound(budget, tokens, snapshots);
-    PlanRecord& record = plans_[i];
-    record = PlanRecord();
-    record.node.assign(static_cast<size_t>(budget), kNoNode);
-    record.place.assign(static_cast<size_t>(budget), -1);
-    record.coreset.reserve(static_cast<size_t>(budget));
-    record.depth.reserve(static_cast<size_t>(bound.nodes));
-    record.snapshots.reserve(static_cast<size_t>(snapshots) + 1);
+    plans_[i].snapshots.reserve(static_cast<size_t>(snapshots) + 1);
     samples += static_cast<size_t>(bound.samples);
     halves += static_cast<size_t>(bound.halves);
     list += static_cast<size_t>(bound.list);
     members += static_cast<size_t>(bound.members);
     joins += static_cast<size_t>(plans[i]->setting().protect);
     depths = std::max(depths, static_cast<size_t>(tokens + budget));  // each costs an entry
-    plans[i]->ForEachCoresetSlot([&](Slot slot) { SetNode(record, slot, slot); });
   }
   for (std::vector<SpanSample>* v : {&samples_, &sorted_samples_}) v->reserve(samples);
   for (std::vector<SpanHalve>* v : {&halves_, &sorted_halves_}) v->reserve(halves);
@@ -93,6 +101,27 @@ void Span::Begin() {
   members_.clear();
   joins_.clear();
   depths_ = 0;
+}
+
+void Span::Join(const std::vector<const Span*>& alone) {
+  Begin();
+  for (size_t i = 0; i < alone.size(); ++i) {
+    const Span& from = *alone[i];
+    const auto plan = static_cast<int32_t>(i), lists = static_cast<int32_t>(list_.size()),
+               members = static_cast<int32_t>(members_.size());
+    PlanRecord& record = plans_[i];
+    record.alone = from.plans_.data();
+    record.departures = record.alone->departures;
+    record.nodes = record.alone->nodes;
+    record.snapshots = record.alone->snapshots;
+    for (SpanSnapshot& snapshot : record.snapshots) snapshot.begin += members;
+    for (SpanSample sample : from.samples_) sample.plan = plan, samples_.push_back(sample);
+    for (SpanHalve halve : from.halves_) halve.plan = plan, halve.begin += lists, halves_.push_back(halve);
+    for (SpanJoin join : from.joins_) join.plan = plan, joins_.push_back(join);
+    list_.insert(list_.end(), from.list_.begin(), from.list_.end());
+    members_.insert(members_.end(), from.members_.begin(), from.members_.end());
+    depths_ = std::max(depths_, from.depths_);
+  }
 }
 
 void Span::SetNode(PlanRecord& record, Slot slot, int32_t node) {

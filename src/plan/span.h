@@ -68,11 +68,16 @@ class Span {
   // Forgets all; reserves all memory that spans up to `tokens` tokens can need, so that neither Record nor
   // Finish can fail.
   void Reset(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots);
+  // The same, for spans that are joined and not recorded.
+  void Reserve(const std::vector<const Plan*>& plans, int64_t tokens, int64_t snapshots);
   // Begins the next span: slots hold what they held at the end of the last one.
   void Begin();
   // Records `tokens` tokens of plans[plan], with a snapshot before each token whose position is a multiple of `block`
   // (none if block is 0) and before the first. `operations` has room for one token.
   void Record(int32_t index, Plan& plan, int64_t tokens, int64_t block, Operations& operations);
+  // What Begin and Record would give, from spans of one plan each: alone[i] is that of plan i, finished or not. They must stay as they
+  // are while this one is used.
+  void Join(const std::vector<const Span*>& alone);
   // Once every plan is recorded: orders samples by depth, and halvings by depth and then by the class of their length: class c
   // has lists longer than bounds[c - 1] and up to bounds[c]. Then makes items of up to together[kind] operations.
   static constexpr int32_t kClasses = 5;
@@ -98,7 +103,10 @@ class Span {
   int64_t departures(int32_t plan) const { return plans_[static_cast<size_t>(plan)].departures; }
   int64_t nodes(int32_t plan) const { return plans_[static_cast<size_t>(plan)].nodes; }
   // (budget): the node that each slot of the coreset holds now, kNoNode for all other slots.
-  const std::vector<int32_t>& slot_nodes(int32_t plan) const { return plans_[static_cast<size_t>(plan)].node; }
+  const std::vector<int32_t>& slot_nodes(int32_t plan) const {
+    const PlanRecord& record = plans_[static_cast<size_t>(plan)];
+    return record.alone != nullptr ? record.alone->node : record.node;
+  }
 
   static constexpr int32_t kNoNode = -1;
 
@@ -111,7 +119,8 @@ class Span {
     std::vector<SpanSnapshot> snapshots;
     int64_t departures = 0;
     int64_t nodes = 0;
-    int32_t open_sample = -1;  // index into samples of the last one, which may still grow
+    int32_t open_sample = -1;           // index into samples of the last one, which may still grow
+    const PlanRecord* alone = nullptr;  // of a joined span: where its slots' nodes are
   };
 
   void SetNode(PlanRecord& record, Slot slot, int32_t node);

@@ -1,4 +1,4 @@
-// The graph of a span, executed by depth, gives what the plan's operations give, executed one by one.
+// The graph of a span, executed by depth, whether recorded as one or put together from those of its plans, gives what the plan's operations give, executed one by one.
 #include "src/plan/span.h"
 
 #include <gtest/gtest.h>
@@ -38,11 +38,11 @@ struct Head {
   }
 
   // What is known before anything is executed: slots of the coreset...
-  void KnowSlots() {
+  void KnowSlots(const std::vector<int32_t>& nodes) {
     values = slab.token;
     known.assign(values.size(), kUnknown);
     for (Slot slot = 0; slot < setting.budget; ++slot)
-      if (const int32_t node = At(span.slot_nodes(plan), slot); node != Span::kNoNode) At(known, node) = 0;
+      if (const int32_t node = At(nodes, slot); node != Span::kNoNode) At(known, node) = 0;
   }
   // ...and departures, once they have met the protected entries; those that join them are never read.
   void KnowDepartures() {
@@ -223,7 +223,11 @@ class Layer {
     std::vector<const Plan*> plans;
     for (auto& h : heads_) plans.push_back(&h->spanned.plan());
     const int64_t block = Pick({0, 1, 2, 7, 16, 64, 1 + Below(200)}), most = 1 + Below(tokens);
-    span_.Reset(plans, most, block > 0 ? most / block + 2 : 1);
+    const int64_t snapshots = block > 0 ? most / block + 2 : 1;
+    joins_ = Below(2) == 0;
+    alone_.resize(plans.size());
+    for (size_t i = 0; i < plans.size() && joins_; ++i) alone_[i].Reset({plans[i]}, most, snapshots);
+    joins_ ? span_.Reserve(plans, most, snapshots) : span_.Reset(plans, most, snapshots);
     const bool aligned = block > 0 && Below(2) == 0;  // to blocks, where a span holds the end of one
     for (int64_t left = tokens, count = 0; left > 0; left -= count) {
       count = std::min(left, Pick({most, most, 1 + Below(most)}));
@@ -234,18 +238,25 @@ class Layer {
   }
 
   void RunSpan(int64_t tokens, int64_t block) {
-    span_.Begin();
-    const auto room = [&](const auto&... v) { return std::vector<size_t>{v.capacity()...}; };
-    const auto before = room(span_.samples(), span_.halves(), span_.list(), span_.members(), span_.joins());
-    for (auto& h : heads_) {
-      h->KnowSlots();
-      span_.Record(h->plan, h->spanned.plan(), tokens, block, h->spanned.out());
-    }
-    ASSERT_EQ(room(span_.samples(), span_.halves(), span_.list(), span_.members(), span_.joins()), before);
     constexpr int32_t kBounds[][Span::kClasses - 1] = {{2, 4, 16, 64}, {2, 4, 8, 16}, {3, 5, 7, 32}};
     const auto& bounds = kBounds[Below(3)];
     constexpr int16_t kTogether[][Span::kClasses + 1] = {{128, 16, 4, 1, 1, 4}, {1, 1, 1, 1, 1, 1}, {3, 2, 7, 2, 5, 4}};
     const auto& together = kTogether[Below(3)];
+    if (!joins_) span_.Begin();
+    const auto room = [&](const auto&... v) { return std::vector<size_t>{v.capacity()...}; };
+    const auto before = room(span_.samples(), span_.halves(), span_.list(), span_.members(), span_.joins());
+    std::vector<const Span*> alone;
+    for (auto& h : heads_) {
+      Span& span = joins_ ? At(alone_, h->plan) : span_;
+      const int32_t plan = joins_ ? 0 : h->plan;
+      if (joins_) span.Begin();
+      h->KnowSlots(span.slot_nodes(plan));
+      span.Record(plan, h->spanned.plan(), tokens, block, h->spanned.out());
+      if (joins_ && Below(2) == 0) span.Finish(bounds, together);
+      alone.push_back(&span);
+    }
+    if (joins_) span_.Join(alone);
+    ASSERT_EQ(room(span_.samples(), span_.halves(), span_.list(), span_.members(), span_.joins()), before);
     span_.Finish(bounds, together);
     ASSERT_NO_FATAL_FAILURE(CheckItems(together));
     for (auto& h : heads_) ASSERT_NO_FATAL_FAILURE(h->KnowDepartures());
@@ -309,6 +320,8 @@ class Layer {
   std::mt19937_64 rng_;
   Coverage& coverage_;
   Span span_;
+  bool joins_ = false;  // span_ is put together from
+  std::vector<Span> alone_;
   std::vector<std::unique_ptr<Head>> heads_;
 };
 
