@@ -233,9 +233,9 @@ typedef struct express_config {
   /* Since 1.1. express_head_budgets. OBSERVED: all heads begin with the mean budget B. For every 16th token from B/2 up to 7/8 B
    * express_attend and express_prefill note how much of its attention each KV head pays to tokens more than B/2 back. At 15/16 B tokens
    * the total is shared out anew: every KV head gets 5/16 B, and what remains goes in proportion to the third power of that share; at
-   * most 2 n entries at n tokens, and 8 B, go to one head, so that it is done once more at 2 B and at 4 B tokens. It happens in the
-   * memory that the cache has, at the beginning of a call that appends (on CUDA also of express_step_prepare) and when all layers
-   * stand at the same number of tokens. Needs more than one (layer, KV head), automatic window and protected_entries, no head_share or
+   * most 2 n entries at n tokens, and 8 B, go to one head, so that it is done once more at 2 B and at 4 B tokens. Heads that would get
+   * about as much (within a factor of 2) get the same, their mean. It happens in the memory that the cache has, at the beginning of a
+   * call that appends (on CUDA also of express_step_prepare) and when all layers stand at the same number of tokens. Needs more than one (layer, KV head), automatic window and protected_entries, no head_share or
    * head_settings, schedule BUDGET and auto_compress. What is kept then depends on the queries too, on which heads one cache holds, and
    * on where calls stand in the stream: prefill a prompt in chunks of at most B tokens, all layers of one before the next; behind a
    * longer one budgets are settled late.

@@ -33,14 +33,20 @@ struct Budgets {
   int64_t* budget;          // (layers, kv_heads)
   plan::Setting* settings;  // (layers, kv_heads): the next ones
   plan::Setting* current;   // (layers, kv_heads)
+  int32_t* leader;          // (layers, kv_heads): Shape::leader of the next plans
   Arena::Piece* pieces;     // (2, piece_capacity): where the parts of the cache are, and where they go
   int64_t piece_capacity;
 };
 Budgets LayoutBudgets(const Shape& shape, Arena& arena);
 
-// budget[h] = base + a part of `total` - heads * base in proportion to share[h] >= 0, at most `most`; they sum to `total`, which is
-// between heads * base and heads * most. All shares zero: equal parts. Overwrites the shares.
+// budget[h] = base + a part of `total` - heads * base in proportion to share[h] >= 0, at most `most`. Equal shares get equal budgets,
+// to the entry, so the sum can be a little less than `total`: by fewer entries than there are heads of one share. `total` is between
+// heads * base and heads * most. All shares zero: equal parts. Overwrites the shares.
 void ShareOut(int64_t total, int64_t base, int64_t most, int64_t heads, double* share, int64_t* budget);
+
+// Heads that would get about as much, budget[h] in proportion to share[h], get the same share, their mean. So few plans are needed:
+// those of heads of one layer that always have the same setting are one. Overwrites the budgets.
+void JoinShares(int64_t base, int64_t heads, int64_t* budget, double* share);
 
 // Moves pieces of memory, whose order is the same before and after, each up to the smaller of its sizes.
 void MovePieces(char* memory, const Arena::Piece* from, const Arena::Piece* to, int64_t count);

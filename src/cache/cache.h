@@ -132,11 +132,13 @@ class Cache {
   virtual Status FetchObserved() const { return Status(); }
   virtual Status StoreObserved() { return Status(); }
   virtual bool ObservationKnown() const { return true; }  // it has been closed, and is there; or it has not
-  // Whether plans may change now; whether budgets_.settings fit into the cache's memory; all heads give up what those have no room
-  // for, and live slots move below the new budgets (each begins by BeginResize on the CPU); everything goes to where those settings
-  // have it.
+  // Whether plans may change now; whether budgets_.settings fit into the cache's memory; heads that share a plan no longer
+  // (budgets_.leader) get their own; all heads give up what the settings have no room for, and live slots move below the new budgets
+  // (each head begins by BeginResize on the CPU); everything goes to where those settings have it. A cache that holds nothing has
+  // new plans then.
   virtual bool CanResize() const { return true; }
   virtual bool ResizeFits() const { return false; }
+  virtual Status SplitPlans() { return Status(); }
   virtual Status GiveUpAndCompact();
   virtual void BeginResize(int32_t, const plan::Setting&) {}
   virtual Status FinishResize() { return Status(); }
@@ -157,12 +159,20 @@ class Cache {
            position >= FarDistance() && position < ObservationEnd(mean_budget_);
   }
   bool AtStepBoundary() const;
+  bool TakeShares();
+  bool HoldsNothing() const;
+  int32_t LeaderOf(int32_t head) const { return plans_.plan_heads[plans_.plans[plans_.head_plan[head]].first_head]; }
+  const plan::Setting& NextSetting(int32_t plan) const {
+    return budgets_.settings[plans_.plan_heads[plans_.plans[plan].first_head]];
+  }
   Status SettleBudgets();
   Status ResizeHeads();
   Status EqualHeads();
   size_t CountSaveBytes() const;
 
   uint64_t Fingerprint() const;
+  void TransferObservation(Archive& archive);
+  void FindLeaders(const char* saved);
   void TransferPlans(Archive& archive);
   void TransferHead(Archive& archive, int32_t head, HeadArrays& arrays) const;
   int32_t HeadCount() const { return config_.layers * config_.kv_heads; }

@@ -58,15 +58,15 @@ int64_t ResizeSlack(const Shape& r) {
 
 }  // namespace
 
-CpuParts CpuCache::Layout(const Shape& r, bool resize, Arena& arena) {
+CpuParts CpuCache::Layout(const Shape& r, PlanSource source, Arena& arena) {
   const Config& c = r.config;
   const int64_t heads = int64_t{c.layers} * c.kv_heads;
   arena.Take<CpuCache>(1);
   CpuParts parts{};
   parts.budgets = LayoutBudgets(r, arena);
-  parts.plans = LayoutPlans(r, true, resize, arena);
+  parts.plans = LayoutPlans(r, true, source, arena);
   parts.heads = arena.Take<HeadState>(heads);
-  parts.batch = arena.Take<BatchItem>(parts.plans.plan_count);
+  parts.batch = arena.Take<BatchItem>(parts.plans.plan_capacity);
   for (int64_t h = 0; h < heads; ++h) {
     HeadState* head = parts.heads != nullptr ? &parts.heads[h] : nullptr;
     if (head != nullptr) {
@@ -124,12 +124,12 @@ void CpuCache::ResetHeads() {
 // ---- observed budgets ----
 
 Shape CpuCache::ShapeOf(const plan::Setting* settings) const {
-  return {config_, threads_.count(), settings, &largest_};
+  return {config_, threads_.count(), settings, &largest_, budgets_.leader};
 }
 
 bool CpuCache::ResizeFits() const {
   Arena arena;
-  Layout(ShapeOf(budgets_.settings), false, arena);
+  Layout(ShapeOf(budgets_.settings), PlanSource::kNew, arena);
   return static_cast<int64_t>(arena.used()) <= bytes_ && arena.piece_count() <= budgets_.piece_capacity;
 }
 
@@ -139,21 +139,32 @@ void CpuCache::BeginResize(int32_t index, const plan::Setting& next) {
   cpu::FindWeakest(protection, parts_.heads[index].slab);
 }
 
+Status CpuCache::SplitPlans() {
+  Arena arena(this);
+  parts_ = Layout(ShapeOf(budgets_.current), PlanSource::kSplit, arena);
+  plans_ = parts_.plans;
+  return Status();
+}
+
 Status CpuCache::FinishResize() {
+  const bool empty = HoldsNothing();
   Arena::Piece* const from = budgets_.pieces;
   Arena::Piece* const to = from + budgets_.piece_capacity;
   Arena now(from, budgets_.piece_capacity), next(to, budgets_.piece_capacity);
-  Layout(ShapeOf(budgets_.current), false, now);
-  Layout(ShapeOf(budgets_.settings), false, next);
+  Layout(ShapeOf(budgets_.current), PlanSource::kNew, now);
+  Layout(ShapeOf(budgets_.settings), PlanSource::kNew, next);
   MovePieces(reinterpret_cast<char*>(this), from, to, now.piece_count());
   Arena arena(this);
-  parts_ = Layout(ShapeOf(budgets_.settings), true, arena);
+  parts_ = Layout(ShapeOf(budgets_.settings), empty ? PlanSource::kNew : PlanSource::kResized, arena);
   plans_ = parts_.plans;
   for (int32_t h = 0; h < HeadCount(); ++h) {
-    const PlanState& state = plans_.plans[plans_.head_plan[h]];
-    const int64_t before = budgets_.current[h].budget, after = budgets_.settings[h].budget;
-    std::fill(state.log_weight + std::min(before, after), state.log_weight + after,
-              -std::numeric_limits<float>::infinity());
+    PlanState& state = plans_.plans[plans_.head_plan[h]];
+    if (LeaderOf(h) == h) {
+      if (empty) state.plan.Reset();
+      const int64_t after = budgets_.settings[h].budget,
+                    known = empty ? 0 : std::min(budgets_.current[h].budget, after);
+      std::fill(state.log_weight + known, state.log_weight + after, -std::numeric_limits<float>::infinity());
+    }
     cpu::Protection& protection = parts_.heads[h].protection;
     for (int64_t i = 0; i < protection.count; ++i) protection.slot[i] = state.plan.protected_slot(i);
   }
@@ -171,13 +182,13 @@ Status CpuCache::DoSetStream(void*) {
 
 CpuCache* CpuCache::Place(const Resolved& resolved, void* memory, int64_t bytes) {
   Arena arena(memory);
-  const CpuParts parts = Layout(resolved.shape(), false, arena);
+  const CpuParts parts = Layout(resolved.shape(), PlanSource::kNew, arena);
   return new (memory) CpuCache(resolved, parts, bytes);
 }
 
 Status CpuCache::Bytes(const Resolved& resolved, int64_t* bytes) {
   Arena arena;
-  Layout(resolved.shape(), false, arena);
+  Layout(resolved.shape(), PlanSource::kNew, arena);
   if (arena.overflow())
     return Error(StatusCode::kSizeOverflow, "config: the cache would take more bytes than can be addressed");
   *bytes = static_cast<int64_t>(arena.used()) + ResizeSlack(resolved.shape());

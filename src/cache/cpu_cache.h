@@ -41,7 +41,7 @@ struct CpuParts {
   Budgets budgets;
   Plans plans;
   HeadState* heads;  // (layers, kv_heads)
-  BatchItem* batch;  // (plan_count)
+  BatchItem* batch;  // (plan_capacity)
   char* scratch;     // (threads, scratch_bytes)
   int64_t scratch_bytes;
   int64_t lse_offset;  // in a thread's scratch: (prefill_block, group) floats, where budgets are observed
@@ -60,9 +60,9 @@ class CpuCache final : public Cache {
  private:
   CpuCache(const Resolved& resolved, const CpuParts& parts, int64_t bytes);
   ~CpuCache() override = default;
-  // The layout of a resolved configuration; over a counting arena nothing but its counts is of use. `resize`: the parts are in the
-  // arena's memory already, moved there from those of other settings.
-  static CpuParts Layout(const Shape& shape, bool resize, Arena& arena);
+  // The layout of a resolved configuration; over a counting arena nothing but its counts is of use. If plans are not new, the parts
+  // are in the arena's memory already, moved there from those of other settings.
+  static CpuParts Layout(const Shape& shape, PlanSource source, Arena& arena);
   static CpuCache* Place(const Resolved& resolved, void* memory, int64_t bytes);
 
   void Delete() override;
@@ -82,7 +82,9 @@ class CpuCache final : public Cache {
   void ResetHeads();
   bool ResizeFits() const override;
   void BeginResize(int32_t head, const plan::Setting& next) override;
+  Status SplitPlans() override;
   Status FinishResize() override;
+  // With the leaders that come next.
   Shape ShapeOf(const plan::Setting* settings) const;
   double CompressSeconds() const override { return static_cast<double>(compress_nanoseconds_.load()) * 1e-9; }
 

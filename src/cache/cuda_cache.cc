@@ -83,9 +83,9 @@ Status ReadTraits(int32_t device, DeviceTraits* traits) {
   return Status();
 }
 
-PinnedMemory LayoutPinned(const Resolved& resolved, int32_t plan_count, Arena& arena) {
+PinnedMemory LayoutPinned(const Resolved& resolved, int32_t plan_capacity, Arena& arena) {
   const int64_t heads = int64_t{resolved.config.layers} * resolved.config.kv_heads;
-  int32_t* progress = arena.Take<int32_t>(2 * plan_count);
+  int32_t* progress = arena.Take<int32_t>(2 * plan_capacity);
   Observed* observed = arena.Take<Observed>(resolved.observed() ? heads : 0);
   return {progress, observed};
 }
@@ -133,13 +133,13 @@ CudaParts CudaCache::Layout(const Shape& r, const PinnedMemory& pinned, Arena& h
   if (parts.budgets.observed != nullptr) parts.budgets.observed = pinned.observed;
   parts.plans_begin = host.Take<char>(0);
   const size_t before = host.used();
-  parts.plans = LayoutPlans(r, false, false, host);
+  parts.plans = LayoutPlans(r, false, PlanSource::kNew, host);
   host.Take<char>(slack);
   parts.plans_bytes = static_cast<int64_t>(host.used() - before);
   parts.plans_saved = host.Take<char>(parts.plans_bytes);
   parts.head_copies = host.Take<cuda::Head>(heads);
-  parts.ring_copies = host.Take<cuda::Ring>(parts.plans.plan_count);
-  parts.ring_states = host.Take<RingState>(parts.plans.plan_count);
+  parts.ring_copies = host.Take<cuda::Ring>(parts.plans.plan_capacity);
+  parts.ring_states = host.Take<RingState>(parts.plans.plan_capacity);
   parts.ahead = host.Take<uint8_t>(c.layers);
   parts.record_words = cuda::kRecordHeader + 10 * parts.plans.max_ops + parts.plans.max_slots;
   parts.record = host.Take<int32_t>(parts.record_words);
@@ -153,7 +153,7 @@ CudaParts CudaCache::Layout(const Shape& r, const PinnedMemory& pinned, Arena& h
   if (r.largest == nullptr) return parts;
   const bool counting = parts.head_copies == nullptr || parts.heads == nullptr;
   parts.work = device.Take<char>(0);
-  LayoutWork(r, device, counting ? nullptr : parts.head_copies, counting ? nullptr : parts.ring_copies);
+  LayoutWork(r, parts.plans, device, counting ? nullptr : parts.head_copies, counting ? nullptr : parts.ring_copies);
   device.Take<char>(slack);
   parts.work_bytes = device.used() - begin - parts.array_bytes;
   return parts;
@@ -163,7 +163,7 @@ void CudaCache::LayoutFixed(const Shape& r, const PinnedMemory& pinned, Arena& d
   const Config& c = r.config;
   const int64_t heads = int64_t{c.layers} * c.kv_heads;
   parts->heads = device.Take<cuda::Head>(heads);
-  parts->rings = device.Take<cuda::Ring>(parts->plans.plan_count);
+  parts->rings = device.Take<cuda::Ring>(parts->plans.plan_capacity);
   int64_t most = r.largest != nullptr ? r.largest->budget : 0;
   for (int64_t h = 0; h < heads; ++h) most = std::max(most, r.settings[h].budget);
   parts->slot_scratch = device.Take<int32_t>(std::max(2 * most, heads));
@@ -177,12 +177,12 @@ void CudaCache::LayoutFixed(const Shape& r, const PinnedMemory& pinned, Arena& d
   const bool counting = parts->head_copies == nullptr || parts->heads == nullptr;
   const bool observed = r.largest != nullptr;  // then rings and scratch change with the budgets
   const auto ring_words = static_cast<int32_t>(2 * parts->record_words + kRingExtra);
-  for (int32_t i = 0; i < parts->plans.plan_count; ++i) {
+  for (int32_t i = 0; i < parts->plans.plan_capacity; ++i) {
     int32_t* words = device.Take<int32_t>(observed ? 0 : ring_words);
     if (counting) continue;
     parts->ring_copies[i] = {.words = words,
                              .capacity = ring_words,
-                             .heads = parts->plans.plans[i].head_count,
+                             .heads = i < parts->plans.plan_count ? parts->plans.plans[i].head_count : 0,
                              .cursor = 0,
                              .sequence = 0,
                              .arrived = 0,
@@ -210,8 +210,9 @@ void CudaCache::LayoutFixed(const Shape& r, const PinnedMemory& pinned, Arena& d
   }
 }
 
-// Every head has a plan of its own.
-void CudaCache::LayoutWork(const Shape& r, Arena& device, cuda::Head* described, cuda::Ring* rings) {
+// Every head may have a plan of its own.
+void CudaCache::LayoutWork(const Shape& r, const Plans& plans, Arena& device, cuda::Head* described,
+                           cuda::Ring* rings) {
   const int64_t heads = int64_t{r.config.layers} * r.config.kv_heads;
   for (int64_t h = 0; h < heads; ++h) {
     Arena none;
@@ -221,9 +222,11 @@ void CudaCache::LayoutWork(const Shape& r, Arena& device, cuda::Head* described,
     int32_t* ring = device.Take<int32_t>(words);
     char* scratch = device.Take<char>(static_cast<int64_t>(cuda::HalveScratch(static_cast<int32_t>(plan.MaxList()))));
     if (described == nullptr) continue;
-    rings[h].words = ring;
-    rings[h].capacity = words;
     described[h].halve_scratch = scratch;
+    const int32_t index = plans.head_plan[h];
+    if (plans.plan_heads[plans.plans[index].first_head] != h) continue;
+    rings[index].words = ring;
+    rings[index].capacity = words;
   }
 }
 
@@ -235,21 +238,16 @@ void CudaCache::LayoutArrays(const Shape& r, const Plans& plans, Arena& device, 
     char* at = device.Take<char>((count * dim * element + kAlignment - 1 + 64) / kAlignment * kAlignment + kAlignment);
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(at) + kAlignment - 1) / kAlignment * kAlignment);
   };
-  int32_t last_plan = -1;
-  float* log_weight = nullptr;
-  for (int64_t i = 0; i < heads; ++i) {  // by plan, so that the first head of a plan is its leader
-    const int64_t h = described == nullptr ? i : plans.plan_heads[i];
+  for (int64_t h = 0; h < heads; ++h) {
     const plan::Setting& setting = r.settings[h];
-    const int32_t plan = described == nullptr ? -1 : plans.head_plan[h];
-    const bool leader = plan != last_plan;
+    const int64_t leader = described == nullptr ? h : plans.plan_heads[plans.plans[plans.head_plan[h]].first_head];
     cuda::Head head = described == nullptr ? cuda::Head() : described[h];
     head.key = rows(setting.budget, c.key_dim);
     head.value = rows(setting.budget, c.value_dim);
     head.position = device.Take<int64_t>(setting.budget);
     // Every head takes room for weights, so that the size does not depend on how heads share plans.
     float* own = device.Take<float>(setting.budget);
-    if (leader) log_weight = own;
-    head.log_weight = log_weight;
+    head.log_weight = leader == h ? own : described[leader].log_weight;
     head.mean = head.sum = head.score = nullptr;
     head.protected_slot = nullptr;
     if (setting.protect > 0) {
@@ -261,9 +259,8 @@ void CudaCache::LayoutArrays(const Shape& r, const Plans& plans, Arena& device, 
     if (described == nullptr) continue;
     head.capacity = static_cast<int32_t>(setting.budget);
     head.protect = static_cast<int32_t>(setting.protect);
-    head.leader = leader ? 1 : 0;
+    head.leader = leader == h ? 1 : 0;
     described[h] = head;
-    last_plan = plan;
   }
 }
 
@@ -313,13 +310,13 @@ Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache)
   if (cudaMalloc(&memory.device, static_cast<size_t>(bytes)) != cudaSuccess)
     return out_of_memory("device", static_cast<size_t>(bytes));
   Arena pinned_count;
-  LayoutPinned(resolved, counted.plans.plan_count, pinned_count);
+  LayoutPinned(resolved, counted.plans.plan_capacity, pinned_count);
   if (cudaHostAlloc(&memory.pinned, pinned_count.used(), cudaHostAllocDefault) != cudaSuccess)
     return out_of_memory("host", pinned_count.used());
   std::memset(memory.pinned, 0, pinned_count.used());
 
   Arena host(static_cast<char*>(memory.host) + object), device(memory.device), pinned(memory.pinned);
-  const PinnedMemory pinned_memory = LayoutPinned(resolved, counted.plans.plan_count, pinned);
+  const PinnedMemory pinned_memory = LayoutPinned(resolved, counted.plans.plan_capacity, pinned);
   const CudaParts parts = Layout(resolved.shape(), pinned_memory, host, device);
   auto* created = new (memory.host) CudaCache(resolved, parts, bytes, memory.device, pinned_memory.progress, traits);
   Status status = CudaError("config", created->side_.Create());
@@ -361,7 +358,7 @@ void CudaCache::InitDevice() {
   const int32_t heads = config_.layers * config_.kv_heads;
   cuda::Uploader uploader(stream_);
   uploader.Add(parts_.heads, parts_.head_copies, static_cast<size_t>(heads) * sizeof(cuda::Head));
-  uploader.Add(parts_.rings, parts_.ring_copies, static_cast<size_t>(plans_.plan_count) * sizeof(cuda::Ring));
+  uploader.Add(parts_.rings, parts_.ring_copies, static_cast<size_t>(plans_.plan_capacity) * sizeof(cuda::Ring));
   uploader.Flush();
   cuda::ResetHeads(parts_.heads, heads, parts_.rings, plans_.plan_count, config_.key_dim, stream_);
 }
@@ -373,8 +370,8 @@ Status CudaCache::ResetData() {
   InitDevice();
   EXPRESS_RETURN_IF_ERROR(CudaError("cache", cudaGetLastError()));
   EXPRESS_RETURN_IF_ERROR(Synchronise(stream_));
-  for (int32_t i = 0; i < plans_.plan_count; ++i) parts_.ring_states[i] = RingState();
-  std::fill_n(progress_, 2 * plans_.plan_count, 0);
+  for (int32_t i = 0; i < plans_.plan_capacity; ++i) parts_.ring_states[i] = RingState();
+  std::fill_n(progress_, 2 * plans_.plan_capacity, 0);
   std::fill_n(parts_.ahead, config_.layers, 0);
   prepared_ = false;
   return Status();

@@ -64,16 +64,16 @@ struct CudaParts {
   Budgets budgets;          // host; what was observed is in pinned memory
   Plans plans;              // host
   cuda::Head* head_copies;  // host (layers, kv_heads)
-  cuda::Ring* ring_copies;  // host (plan_count)
+  cuda::Ring* ring_copies;  // host (plan_capacity)
   char* plans_begin;        // host (plans_bytes): all that `plans` points to
   char* plans_saved;        // host (plans_bytes): as it was before steps were prepared
   int64_t plans_bytes;
-  RingState* ring_states;  // host (plan_count)
+  RingState* ring_states;  // host (plan_capacity)
   uint8_t* ahead;          // host (layers): one step is planned, and its halvings are enqueued
   int32_t* record;         // host (record_words): one record, encoded
   int64_t record_words;    // the longest one
   cuda::Head* heads;       // device (layers, kv_heads)
-  cuda::Ring* rings;       // device (plan_count)
+  cuda::Ring* rings;       // device (plan_capacity)
   int32_t* slot_scratch;   // device (2, most budget): lists of slots and weights of an export
   char* buffer;            // device (buffer_bytes): partial results of attention, of no use between kernels
   size_t buffer_bytes;
@@ -88,7 +88,7 @@ struct CudaParts {
 
 // The host's memory that the device writes to, without being asked.
 struct PinnedMemory {
-  int32_t* progress;   // (plan_count, 2)
+  int32_t* progress;   // (plan_capacity, 2)
   Observed* observed;  // (layers, kv_heads), or null
 };
 
@@ -112,7 +112,7 @@ class CudaCache final : public Cache {
   // What does not depend on the budgets of heads, and the arrays of heads, one head behind the other.
   static void LayoutFixed(const Shape& shape, const PinnedMemory& pinned, Arena& device, CudaParts* parts);
   static void LayoutArrays(const Shape& shape, const Plans& plans, Arena& device, cuda::Head* heads);
-  static void LayoutWork(const Shape& shape, Arena& device, cuda::Head* heads, cuda::Ring* rings);
+  static void LayoutWork(const Shape& shape, const Plans& plans, Arena& device, cuda::Head* heads, cuda::Ring* rings);
   static constexpr int32_t kRingExtra = 64 * 32 + 8;  // words beside two records of the largest kind
   int64_t RecordWords(int32_t plan) const { return (parts_.ring_copies[plan].capacity - kRingExtra) / 2; }
   // A cache in device memory of the caller's, for one prompt: no ring progress, and Delete leaves the memory alone.
@@ -145,11 +145,12 @@ class CudaCache final : public Cache {
   Status BeginCopy() override;
   bool CanResize() const override;
   bool ResizeFits() const override;
+  Status SplitPlans() override;
   Status GiveUpAndCompact() override;
   Status FinishResize() override;
-  Shape ShapeOf(const plan::Setting* settings) const;
-  bool HoldsNothing() const;
-  int64_t GiveUpSome(int32_t head);
+  Shape ShapeOf(const plan::Setting* settings) const;  // with the leaders that come next
+  void LayoutRings(cuda::Uploader& uploader);
+  int64_t GiveUpSome(int32_t plan);
   void ExecuteForAll(cuda::Uploader& uploader);
   void MoveArrays(const Arena::Piece* from, const Arena::Piece* to, int64_t count);
   void ObserveQueries(const Cache* const* caches, int32_t layer, const cuda::AttendArgs& attend) const;
@@ -199,7 +200,7 @@ class CudaCache final : public Cache {
 
   CudaParts parts_;
   void* device_memory_;
-  int32_t* progress_;  // pinned host memory (plan_count, 2), written by the device; null for a one-shot cache
+  int32_t* progress_;  // pinned host memory (plan_capacity, 2), written by the device; null for a one-shot cache
   DeviceTraits traits_;
   cudaStream_t stream_;
   SideStream side_;

@@ -15,6 +15,12 @@ static_assert(cuda::kObserveEvery == kObserveEvery && sizeof(Observed) == 2 * si
 
 int64_t RowsAtOnce(int32_t dim) { return std::clamp<int64_t>(cuda::kObserveFloats / dim, 1, 16); }
 
+// Of heads that share a plan only the first holds weights; every head has the room, behind its positions.
+float* OwnWeights(const cuda::Head& head) {
+  const auto end = reinterpret_cast<uintptr_t>(head.position + head.capacity);
+  return reinterpret_cast<float*>((end + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment);
+}
+
 // The arrays of a head, in the order in which they lie; sizes are rounded up to what moves at once, which their room is, too.
 void ListArrays(const Config& c, const cuda::Head& head, const char* base, Arena::Piece* pieces, int64_t* count) {
   const auto element = static_cast<size_t>(SizeOf(c.dtype)), capacity = static_cast<size_t>(head.capacity),
@@ -25,7 +31,7 @@ void ListArrays(const Config& c, const cuda::Head& head, const char* base, Arena
   put(head.key, capacity * dim * element);
   put(head.value, capacity * static_cast<size_t>(c.value_dim) * element);
   put(head.position, capacity * sizeof(int64_t));
-  put(head.log_weight, capacity * sizeof(float));
+  put(OwnWeights(head), head.leader != 0 ? capacity * sizeof(float) : 0);
   put(head.mean, dim * sizeof(float));
   put(head.sum, dim * sizeof(float));
   put(head.score, protect * sizeof(float));
@@ -156,7 +162,9 @@ Status CudaCache::BeginCopy() {
 
 // ---- other budgets ----
 
-Shape CudaCache::ShapeOf(const plan::Setting* settings) const { return {config_, 1, settings, &largest_}; }
+Shape CudaCache::ShapeOf(const plan::Setting* settings) const {
+  return {config_, 1, settings, &largest_, budgets_.leader};
+}
 
 int64_t CudaCache::MostBudget() const {
   int64_t most = budgets_.observed != nullptr ? largest_.budget : 0;
@@ -169,29 +177,67 @@ bool CudaCache::CanResize() const { return !Capturing() && CheckSettled().ok(); 
 bool CudaCache::ResizeFits() const {
   const Shape next = ShapeOf(budgets_.settings);
   Arena host, device, work;
-  LayoutPlans(next, false, false, host);
+  LayoutPlans(next, false, PlanSource::kNew, host);
   LayoutArrays(next, plans_, device, nullptr);
-  LayoutWork(next, work, nullptr, nullptr);
+  LayoutWork(next, plans_, work, nullptr, nullptr);
   return static_cast<int64_t>(host.used()) <= parts_.plans_bytes && device.used() <= parts_.array_bytes &&
          work.used() <= parts_.work_bytes &&
          std::max<int64_t>(host.piece_count(), 8 * HeadCount()) <= budgets_.piece_capacity;
 }
 
-bool CudaCache::HoldsNothing() const {
-  for (int32_t i = 0; i < plans_.plan_count; ++i)
-    if (plans_.plans[i].plan.live() > 0) return false;
-  return true;
+// Rings are empty, and begin at their front. Their sequences go on from a number that none has come to, so that what a plan that had
+// this index still reports of its progress is old.
+void CudaCache::LayoutRings(cuda::Uploader& uploader) {
+  int64_t written = 0;
+  for (int32_t i = 0; i < plans_.plan_capacity; ++i) written = std::max(written, parts_.ring_states[i].written);
+  for (int32_t i = 0; i < plans_.plan_count; ++i) {
+    cuda::Ring& ring = parts_.ring_copies[i];
+    RingState& state = parts_.ring_states[i];
+    state.write = 0;
+    state.written = state.launched = written;
+    ring.heads = plans_.plans[i].head_count;
+    ring.sequence = static_cast<int32_t>(written);
+    const int32_t nothing = 0;
+    uploader.Add(ring.words, &nothing, sizeof(nothing));
+    uploader.Add(parts_.rings + i, &ring, sizeof(ring));
+  }
+}
+
+// The weights of new plans, the host's plans, then what the device is to know. Arrays and rings stay where they are.
+Status CudaCache::SplitPlans() {
+  const DeviceScope scope(config_.device_id);
+  EXPRESS_RETURN_IF_ERROR(CudaError("config.device_id", scope.error()));
+  EXPRESS_RETURN_IF_ERROR(Settle());
+  cuda::Mover mover(parts_.buffer, parts_.buffer_bytes, stream_);
+  for (int32_t h = 0; h < HeadCount(); ++h) {
+    const cuda::Head& head = parts_.head_copies[h];
+    const size_t bytes = (static_cast<size_t>(head.capacity) * sizeof(float) + 15) / 16 * 16;
+    if (budgets_.leader[h] == h && head.leader == 0) mover.Up(head.log_weight, OwnWeights(head), bytes);
+  }
+  mover.Flush();
+  Arena host(parts_.plans_begin);
+  plans_ = parts_.plans = LayoutPlans(ShapeOf(budgets_.current), false, PlanSource::kSplit, host);
+  for (int32_t h = 0; h < HeadCount(); ++h) parts_.head_copies[h].plan = plans_.head_plan[h];
+  Arena device(parts_.arrays), work(parts_.work);
+  LayoutArrays(ShapeOf(budgets_.current), plans_, device, parts_.head_copies);
+  LayoutWork(ShapeOf(budgets_.current), plans_, work, parts_.head_copies, parts_.ring_copies);
+  cuda::Uploader uploader(stream_);
+  LayoutRings(uploader);
+  uploader.Add(parts_.heads, parts_.head_copies, static_cast<size_t>(HeadCount()) * sizeof(cuda::Head));
+  uploader.Flush();
+  cuda::Fence(stream_);
+  return Launched("config.head_budgets");
 }
 
 // As much as one record holds; how many operations.
 int64_t CudaCache::GiveUpSome(int32_t index) {
-  plan::Plan& plan = plans_.plans[plans_.head_plan[index]].plan;
+  plan::Plan& plan = plans_.plans[index].plan;
   plan::Operations& operations = plans_.operations;
   operations.Clear();
   int64_t words = cuda::kRecordHeader;
   for (int64_t counted = 0; operations.HasRoom(plan.MaxOps(), plan.MaxSlots()) &&
-                            words + 10 * plan.MaxOps() + plan.MaxSlots() <= RecordWords(plans_.head_plan[index]);) {
-    if (!plan.GiveUp(budgets_.settings[index], operations)) break;
+                            words + 10 * plan.MaxOps() + plan.MaxSlots() <= RecordWords(index);) {
+    if (!plan.GiveUp(NextSetting(index), operations)) break;
     for (; counted < operations.size(); ++counted) words += 8 + operations[counted].count;
   }
   return operations.size();
@@ -225,16 +271,16 @@ Status CudaCache::GiveUpAndCompact() {
   int64_t operations = 1;
   for (int32_t flags = cuda::kRefresh; operations > 0; flags = 0) {
     operations = 0;
-    for (int32_t h = 0; h < HeadCount(); ++h) {
-      operations += GiveUpSome(h);
-      WriteRecord(plans_.head_plan[h], uploader, flags);
+    for (int32_t i = 0; i < plans_.plan_count; ++i) {
+      operations += GiveUpSome(i);
+      WriteRecord(i, uploader, flags);
     }
     ExecuteForAll(uploader);
   }
-  for (int32_t h = 0; h < HeadCount(); ++h) {
+  for (int32_t i = 0; i < plans_.plan_count; ++i) {
     plans_.operations.Clear();
-    plans_.plans[plans_.head_plan[h]].plan.Compact(budgets_.settings[h].budget, plans_.operations);
-    WriteRecord(plans_.head_plan[h], uploader);
+    plans_.plans[i].plan.Compact(NextSetting(i).budget, plans_.operations);
+    WriteRecord(i, uploader);
   }
   ExecuteForAll(uploader);
   return Launched("config.head_budgets");
@@ -246,16 +292,19 @@ Status CudaCache::FinishResize() {
   const bool empty = HoldsNothing();
   Arena::Piece *const from = budgets_.pieces, *const to = from + budgets_.piece_capacity;
   Arena now(from, budgets_.piece_capacity), next(to, budgets_.piece_capacity);
-  LayoutPlans(ShapeOf(budgets_.current), false, false, now);
-  LayoutPlans(ShapeOf(budgets_.settings), false, false, next);
+  LayoutPlans(ShapeOf(budgets_.current), false, PlanSource::kNew, now);
+  LayoutPlans(ShapeOf(budgets_.settings), false, PlanSource::kNew, next);
   MovePieces(parts_.plans_begin, from, to, now.piece_count());
   Arena host(parts_.plans_begin);
-  plans_ = parts_.plans = LayoutPlans(ShapeOf(budgets_.settings), false, true, host);
+  plans_ = parts_.plans =
+      LayoutPlans(ShapeOf(budgets_.settings), false, empty ? PlanSource::kNew : PlanSource::kResized, host);
+  for (int32_t i = 0; i < plans_.plan_count && empty; ++i) plans_.plans[i].plan.Reset();
 
   int64_t count = 0, other = 0;
   const auto* base = static_cast<const char*>(device_memory_);
   for (int32_t h = 0; h < HeadCount(); ++h) {
     parts_.head_copies[h].protect = static_cast<int32_t>(budgets_.current[h].protect);
+    parts_.head_copies[h].plan = plans_.head_plan[h];
     ListArrays(config_, parts_.head_copies[h], base, from, &count);
   }
   Arena device(parts_.arrays);
@@ -263,18 +312,10 @@ Status CudaCache::FinishResize() {
   for (int32_t h = 0; h < HeadCount(); ++h) ListArrays(config_, parts_.head_copies[h], base, to, &other);
   if (!empty) MoveArrays(from, to, count);
   Arena work(parts_.work);
-  LayoutWork(ShapeOf(budgets_.settings), work, parts_.head_copies, parts_.ring_copies);
+  LayoutWork(ShapeOf(budgets_.settings), plans_, work, parts_.head_copies, parts_.ring_copies);
 
   cuda::Uploader uploader(stream_);
-  for (int32_t i = 0; i < plans_.plan_count; ++i) {  // rings are empty, and begin at their front; sequences go on
-    const cuda::Ring& ring = parts_.ring_copies[i];
-    const int32_t nothing = 0;
-    parts_.ring_states[i].write = 0;
-    uploader.Add(ring.words, &nothing, sizeof(nothing));
-    uploader.Add(&parts_.rings[i].words, &ring.words, sizeof(ring.words));
-    uploader.Add(&parts_.rings[i].capacity, &ring.capacity, sizeof(ring.capacity));
-    uploader.Add(&parts_.rings[i].cursor, &nothing, sizeof(nothing));
-  }
+  LayoutRings(uploader);
   uploader.Add(parts_.heads, parts_.head_copies, static_cast<size_t>(HeadCount()) * sizeof(cuda::Head));
   for (int32_t h = 0; h < HeadCount() && !empty; ++h) {
     const plan::Plan& plan = plans_.plans[plans_.head_plan[h]].plan;

@@ -6,10 +6,9 @@
 namespace express::cache {
 namespace {
 
-// KV heads of a layer that have the same setting share a plan: head h belongs to the first head of its kind. Where budgets are
-// observed, each has its own.
+// KV heads of a layer that have the same setting, and always had, share a plan: head h belongs to the first head of its kind.
 int64_t Leader(const Shape& shape, int64_t h) {
-  if (shape.largest != nullptr) return h;
+  if (shape.leader != nullptr) return shape.leader[h];
   int64_t first = h / shape.config.kv_heads * shape.config.kv_heads;
   while (!(shape.settings[first] == shape.settings[h])) ++first;
   return first;
@@ -24,9 +23,34 @@ void TakeBounds(const Shape& shape, const plan::Plan& plan, Plans* out) {
   out->max_list = std::max(out->max_list, plan.MaxList());
 }
 
+// Plans that are there already go to their new indices, those of leaders; a plan that is split goes to each of its parts.
+void SplitStates(const Shape& shape, const Plans& plans) {
+  int32_t index = plans.plan_count;
+  for (int64_t h = int64_t{shape.config.layers} * shape.config.kv_heads - 1; h >= 0; --h)
+    if (Leader(shape, h) == h) plans.plans[--index] = plans.plans[plans.head_plan[h]];
+}
+
+// The plan of a leader with this setting, in the memory that comes next; `there`: what was there, null if it is new.
+PlanState TakePlan(const plan::Setting& setting, PlanSource source, const PlanState* there, bool host_weights,
+                   Arena& arena) {
+  PlanState state{.plan = source == PlanSource::kResized ? there->plan : plan::Plan(setting, arena),
+                  .log_weight = nullptr,
+                  .layer = 0,
+                  .first_head = 0,
+                  .head_count = 0,
+                  .call_begin = 0};
+  if (source == PlanSource::kResized) state.plan.Resize(setting, arena);
+  if (host_weights) state.log_weight = arena.Take<float>(setting.budget);
+  if (source != PlanSource::kSplit) return state;
+  state.plan.Assume(there->plan);
+  if (host_weights && state.log_weight != there->log_weight)
+    std::copy_n(there->log_weight, setting.budget, state.log_weight);
+  return state;
+}
+
 }  // namespace
 
-Plans LayoutPlans(const Shape& r, bool host_weights, bool resize, Arena& arena) {
+Plans LayoutPlans(const Shape& r, bool host_weights, PlanSource source, Arena& arena) {
   const Config& c = r.config;
   const int64_t heads = int64_t{c.layers} * c.kv_heads;
   Plans out{};
@@ -37,22 +61,22 @@ Plans LayoutPlans(const Shape& r, bool host_weights, bool resize, Arena& arena) 
   out.layer_peak = arena.Take<int64_t>(c.layers);
   const bool counting = out.plan_heads == nullptr;
   for (int64_t h = 0; h < heads; ++h) out.plan_count += Leader(r, h) == h;
-  out.plans = arena.Take<PlanState>(out.plan_count);
+  out.plan_capacity = r.largest != nullptr ? static_cast<int32_t>(heads) : out.plan_count;
+  out.plans = arena.Take<PlanState>(out.plan_capacity);
+  if (source == PlanSource::kSplit) SplitStates(r, out);
 
   out.max_list = 2;
   int32_t plan = 0, grouped = 0;
   for (int64_t h = 0; h < heads; ++h) {
     const auto layer = static_cast<int32_t>(h / c.kv_heads);
     if (!counting && h % c.kv_heads == 0) out.layer_plans[layer] = plan;
-    if (Leader(r, h) != h) continue;
-    const plan::Setting& setting = r.settings[h];
-    if (resize) out.plans[plan].plan.Resize(setting, arena);
-    PlanState state{.plan = resize ? out.plans[plan].plan : plan::Plan(setting, arena),
-                    .log_weight = host_weights ? arena.Take<float>(setting.budget) : nullptr,
-                    .layer = layer,
-                    .first_head = grouped,
-                    .head_count = 0,
-                    .call_begin = 0};
+    if (Leader(r, h) != h) {
+      if (r.largest != nullptr) TakePlan(r.settings[h], PlanSource::kNew, nullptr, host_weights, arena);
+      continue;
+    }
+    PlanState state = TakePlan(r.settings[h], source, counting ? nullptr : out.plans + plan, host_weights, arena);
+    state.layer = layer;
+    state.first_head = grouped;
     for (int64_t other = h; other < (int64_t{layer} + 1) * c.kv_heads; ++other) {
       if (Leader(r, other) != h) continue;
       if (!counting) {

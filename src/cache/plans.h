@@ -29,16 +29,23 @@ struct Plans {
   int64_t* layer_entries;  // (layers): entries held now
   int64_t* layer_peak;     // (layers): most entries held after a call
   int32_t plan_count;
+  int32_t plan_capacity;        // where budgets are observed every head may come to have a plan of its own
   plan::Operations operations;  // room for a few tokens of every plan of a layer, or for one with a large halving
   int64_t max_ops, max_slots;   // of one token, over all plans
   int64_t max_list;             // the longest list that is ever halved
 };
 
-inline float LogWeight(int64_t weight) { return static_cast<float>(std::log(static_cast<double>(weight))); }
+inline float LogWeight(int64_t weight) {
+  return weight == 1 ? 0.0f : static_cast<float>(std::log(static_cast<double>(weight)));  // most are 1
+}
 
-// Over a counting arena only the counts are of use. `host_weights`: PlanState::log_weight is laid out too. `resize`: the plans are
-// in the arena's memory already and are resized (Plan::Resize), to the settings of `shape`.
-Plans LayoutPlans(const Shape& shape, bool host_weights, bool resize, Arena& arena);
+// Where plans of a layout come from: they are new; or they are in the arena's memory already and are resized to the settings of
+// `shape` (Plan::Resize); or they are there with these settings, and heads that shared one are given plans of their own.
+enum class PlanSource : uint8_t { kNew, kResized, kSplit };
+
+// Over a counting arena only the counts are of use. `host_weights`: PlanState::log_weight is laid out too. Where budgets are
+// observed all heads take the room of a plan, so that arrays lie at the same places however heads share plans.
+Plans LayoutPlans(const Shape& shape, bool host_weights, PlanSource source, Arena& arena);
 
 }  // namespace express::cache
 

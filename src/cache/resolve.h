@@ -17,6 +17,8 @@ struct Shape {
   int32_t threads;
   const plan::Setting* settings;  // (layers, kv_heads)
   const plan::Setting* largest;   // not null: budgets are observed, and a head may come to have this one
+  // (layers, kv_heads): the first head of its layer that each shares a plan with; null: that has the same setting.
+  const int32_t* leader = nullptr;
 };
 
 // A configuration without automatic values. The spans of `config` are not to be used any more.

@@ -33,6 +33,14 @@ constexpr uint32_t kOldestFormat = 2, kNewestFormat = 3;
 
 uint64_t Hash(const void* data, size_t bytes) { return XXH3_64bits(data, bytes); }
 
+// What a plan of this setting takes in an archive.
+size_t PlanBytes(const plan::Setting& setting) {
+  Arena none;
+  Archive archive;
+  plan::Plan(setting, none).Transfer(archive);
+  return archive.used();
+}
+
 // Memory for the length of a call.
 class Staging {
  public:
@@ -65,14 +73,36 @@ uint64_t Cache::Fingerprint() const {
   return XXH3_64bits_digest(&state);
 }
 
+void Cache::TransferObservation(Archive& archive) {
+  archive.Array(budgets_.observed, HeadCount(), HeadCount());
+  archive.Field(next_settling_);
+  archive.Field(observation_closed_);
+}
+
+// budgets_.leader, from what TransferPlans has written for budgets_.settings: heads of a layer share a plan if they have the same one.
+void Cache::FindLeaders(const char* saved) {
+  Archive skipped;
+  TransferObservation(skipped);
+  saved += skipped.used();
+  for (int32_t h = 0; h < HeadCount(); ++h) {
+    const size_t bytes = PlanBytes(budgets_.settings[h]);
+    const char* other = saved;
+    int32_t first = h;
+    for (int32_t g = h; g-- > h / config_.kv_heads * config_.kv_heads;) {
+      other -= PlanBytes(budgets_.settings[g]);
+      if (budgets_.settings[g] == budgets_.settings[h] && std::memcmp(other, saved, bytes) == 0) first = g;
+    }
+    budgets_.leader[h] = first;
+    saved += bytes;
+  }
+}
+
 // Plans and counts, which the host keeps. The budgets of heads are those of the plans by now.
 void Cache::TransferPlans(Archive& archive) {
-  if (budgets_.observed != nullptr) {
-    archive.Array(budgets_.observed, HeadCount(), HeadCount());
-    archive.Field(next_settling_);
-    archive.Field(observation_closed_);
-  }
-  for (int32_t i = 0; i < plans_.plan_count; ++i) plans_.plans[i].plan.Transfer(archive);
+  if (budgets_.observed != nullptr) TransferObservation(archive);
+  // Where budgets are observed, once for every head: how heads share plans is no part of what is saved.
+  for (int32_t h = 0; h < HeadCount(); ++h)
+    if (budgets_.observed != nullptr || LeaderOf(h) == h) plans_.plans[plans_.head_plan[h]].plan.Transfer(archive);
   archive.Array(plans_.layer_peak, config_.layers, config_.layers);
   archive.Field(entries_peak_);
 }
@@ -173,6 +203,7 @@ Status Cache::Load(const void* data, size_t bytes) {
     archive.Array(budgets_.budget, HeadCount(), HeadCount());
     for (int32_t h = 0; h < HeadCount(); ++h)
       budgets_.settings[h] = DivideHead(config_, BaseBudget(config_, mean_budget_), budgets_.budget[h]);
+    FindLeaders(body + archive.used());
     EXPRESS_RETURN_IF_ERROR(ResizeHeads());
   }
   TransferPlans(archive);
@@ -205,7 +236,10 @@ Status Cache::Copy(const Cache& from) {
   if (budgets_.observed != nullptr) {
     EXPRESS_RETURN_IF_ERROR(BeginCopy());
     ResetCounts();
-    for (int32_t h = 0; h < HeadCount(); ++h) budgets_.settings[h] = from.HeadSettingOf(h);
+    for (int32_t h = 0; h < HeadCount(); ++h) {
+      budgets_.settings[h] = from.HeadSettingOf(h);
+      budgets_.leader[h] = from.LeaderOf(h);
+    }
     EXPRESS_RETURN_IF_ERROR(ResizeHeads());
   }
   Archive size;

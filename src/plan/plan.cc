@@ -180,6 +180,20 @@ void Plan::Resize(const Setting& next, Arena& arena) {
   Measure();
 }
 
+void Plan::Assume(const Plan& other) {
+  Plan own = other;
+  own.pool_ = pool_;
+  own.pool_.Assume(other.pool_);
+  const auto take = [](Slot* to, const Slot* from, int64_t count) {
+    std::copy_n(from, count, to);
+    return to;
+  };
+  own.sinks_ = take(sinks_, other.sinks_, setting_.sinks);
+  own.tail_ = take(tail_, other.tail_, setting_.tail());
+  own.protected_ = take(protected_, other.protected_, setting_.protect);
+  *this = own;
+}
+
 void Plan::Transfer(Archive& archive) {
   for (int64_t* count : {&sink_count_, &tail_count_, &window_, &protected_count_, &tokens_, &departures_})
     archive.Field(*count);
@@ -187,12 +201,10 @@ void Plan::Transfer(Archive& archive) {
   std::visit([&](auto& schedule) { schedule.Transfer(archive); }, schedule_);
   archive.Array(sinks_, sink_count_, setting_.sinks);
   if (archive.reading()) tail_begin_ = 0;
-  for (int64_t i = 0; i < tail_count_; ++i) {  // the oldest first, wherever the ring begins
-    Slot slot = archive.reading() ? kNoSlot : tail_slot(i);
-    archive.Field(slot);
-    if (archive.reading()) tail_[i] = slot;
-  }
-  archive.Array(tail_, 0, setting_.tail() - tail_count_);
+  const int64_t straight =
+      std::min(tail_count_, setting_.tail() - tail_begin_);  // the oldest first, wherever the ring begins
+  archive.Array(tail_ + tail_begin_, straight, straight);
+  archive.Array(tail_, tail_count_ - straight, setting_.tail() - straight);
   archive.Array(protected_, protected_count_, setting_.protect);
 }
 

@@ -54,6 +54,9 @@ class Plan {
   void Compact(int64_t budget, Operations& out);
   void Resize(const Setting& next, Arena& arena);
 
+  // The state of another plan of the same setting, from then on on its own.
+  void Assume(const Plan& other);
+
   // Bounds on what one token or one HalveAhead emits, and on the length of a halved list.
   int64_t MaxOps() const { return max_ops_; }
   int64_t MaxSlots() const { return std::max(max_slots_, tail_size_ + 2); }

@@ -2,6 +2,7 @@
 #ifndef EXPRESS_SRC_PLAN_POOL_H_
 #define EXPRESS_SRC_PLAN_POOL_H_
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -90,6 +91,16 @@ class Pool {
   // Slots [0, capacity), of which those from `known` on are new and free. Their memory has room for as many.
   void Resize(Arena& arena, int64_t known, int64_t capacity);
   void RebuildFree();
+  // The state of another pool of the same capacity.
+  void Assume(const Pool& other) {
+    uint8_t* const code = code_;
+    Slot* const next = next_;
+    *this = other;
+    code_ = code;
+    next_ = next;
+    std::copy_n(other.code_, capacity_, code_);
+    std::copy_n(other.next_, capacity_, next_);
+  }
 
   // Of one slot at a time the weight may be none of the powers of two.
   void SetWeight(Slot slot, int64_t weight) {

@@ -1,5 +1,6 @@
 // Budgets that follow observed attention (config.head_budgets).
 #include <algorithm>
+#include <set>
 
 #include "src/cpu/reference.h"
 #include "tests/cache/testing.h"
@@ -94,7 +95,8 @@ TEST(Observed, TheHeadThatLooksFarGetsMore) {
       Stats stats;
       ASSERT_OK(cache.GetStats(kAllLayers, &stats));
       ASSERT_LE(stats.entries, kMean * 6);
-      ASSERT_EQ(stats.entries_budget, kMean * 6);
+      ASSERT_LE(stats.entries_budget, kMean * 6);
+      ASSERT_GT(stats.entries_budget, kMean * 6 - 6);  // heads of one kind have the same, to the entry
       ASSERT_OK(cache.Bytes(&now));
       ASSERT_EQ(now, bytes);
       for (const Held& held : ExportAll(cache, c)) {
@@ -111,6 +113,7 @@ TEST(Observed, TheHeadThatLooksFarGetsMore) {
     const std::vector<int64_t> entries = Entries(cache, c);
     EXPECT_GT(entries[5], 2 * kMean) << "chunks of " << chunk;
     for (size_t h = 0; h < 5; ++h) EXPECT_LT(entries[h], kMean) << h;
+    EXPECT_LE(std::set<int64_t>(entries.begin(), entries.end()).size(), 3u);  // few kinds of heads
   }
 }
 

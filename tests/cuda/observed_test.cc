@@ -235,7 +235,8 @@ TEST_F(ObservedTest, BudgetsAsOnTheCpu) {
       EXPECT_EQ(bytes, before);
       Stats stats;
       ASSERT_OK(gpu.cache.GetStats(kAllLayers, &stats));
-      EXPECT_EQ(stats.entries_budget, 128 * 6);
+      EXPECT_LE(stats.entries_budget, 128 * 6);
+      EXPECT_GT(stats.entries_budget, 128 * 6 - 6);
     }
 }
 

@@ -1,11 +1,17 @@
 // Plans that are given other settings on their way: what they must give up, where slots go, and that they go on as plans.
 #include <random>
+#include <set>
 
 #include "src/cache/budgets.h"
 #include "tests/plan/shadow.h"
 
 namespace express::plan {
 namespace {
+
+char* Aligned(std::vector<char>& memory) {
+  const auto at = reinterpret_cast<uintptr_t>(memory.data());
+  return memory.data() + (Arena::kAlignment - at % Arena::kAlignment) % Arena::kAlignment;
+}
 
 // A plan whose arrays have room for any budget up to `most`, at places of their own.
 class ResizedPlan {
@@ -103,10 +109,6 @@ class ResizedPlan {
 
  private:
   static size_t Bytes(int64_t most) { return static_cast<size_t>(most) * 40 + 4096; }
-  static char* Aligned(std::vector<char>& memory) {
-    const auto at = reinterpret_cast<uintptr_t>(memory.data());
-    return memory.data() + (Arena::kAlignment - at % Arena::kAlignment) % Arena::kAlignment;
-  }
 
   std::vector<char> halves_[2], memory_;
   int half_ = 0;
@@ -184,6 +186,45 @@ TEST(Resize, TheReserveStays) {
   }
 }
 
+// A plan that takes over another's state goes on as that one does, and the two do not touch each other any more.
+TEST(Assume, GoesOnAsTheOther) {
+  for (const int64_t tokens : {0, 3, 60, 150, 2000}) {
+    const Setting setting = MakeSetting(30, 4, 40, 3, 15);
+    Arena count;
+    Plan(setting, count);
+    std::vector<char> memory[2];
+    std::unique_ptr<Plan> plans[2];
+    for (int i = 0; i < 2; ++i) {
+      memory[i].resize(count.used() + Arena::kAlignment);
+      Arena arena(Aligned(memory[i]));
+      plans[i] = std::make_unique<Plan>(setting, arena);
+      plans[i]->Reset();
+    }
+    std::vector<char> room(1 << 20);
+    const auto run = [&](Plan& plan, int64_t n) {  // what it says of each token
+      std::vector<int64_t> said;
+      Arena arena(Aligned(room));
+      Operations out(arena, 4096, 65536);
+      for (int64_t t = 0; t < n; ++t) {
+        out.Clear();
+        plan.Append(1, out);
+        for (int64_t i = 0; i < out.size(); ++i) {
+          said.insert(said.end(), {static_cast<int64_t>(out[i].kind), out[i].number, out[i].weight, out[i].total});
+          said.insert(said.end(), out.slots(out[i]), out.slots(out[i]) + out[i].count);
+        }
+      }
+      return said;
+    };
+    run(*plans[0], tokens);
+    run(*plans[1], 77);
+    plans[1]->Assume(*plans[0]);
+    const std::vector<int64_t> first = run(*plans[1], 500);
+    EXPECT_EQ(plans[0]->tokens(), tokens);
+    EXPECT_EQ(run(*plans[0], 500), first) << tokens;
+    EXPECT_EQ(plans[0]->RollbackAvailable(), plans[1]->RollbackAvailable());
+  }
+}
+
 // ---- src/cache/budgets.h ----
 
 TEST(ShareOut, SumsToTheTotalWithinItsBounds) {
@@ -204,8 +245,14 @@ TEST(ShareOut, SumsToTheTotalWithinItsBounds) {
       ASSERT_LE(budget[h], most);
       for (size_t other = 0; other < h; ++other)
         ASSERT_TRUE(given[h] < given[other] || budget[h] + 1 >= budget[other]);  // one: what rounding left
+      for (size_t other = 0; other < h; ++other) ASSERT_TRUE(given[h] != given[other] || budget[h] == budget[other]);
     }
-    ASSERT_EQ(sum, total);
+    ASSERT_LE(sum, total);
+    ASSERT_GT(sum, total - heads);
+    const std::set<double> kinds(given.begin(), given.end());
+    if (kinds.size() == given.size()) {
+      ASSERT_EQ(sum, total);
+    }
   }
 }
 
@@ -217,6 +264,54 @@ TEST(ShareOut, GoesByTheShares) {
   double capped[] = {1, 3, 0, 6};
   cache::ShareOut(140, 10, 50, 4, capped, budget);  // the last is full; 60 are left for 1 : 3
   EXPECT_EQ(std::vector<int64_t>(budget, budget + 4), (std::vector<int64_t>{30, 50, 10, 50}));
+}
+
+TEST(ShareOut, EqualSharesGetEqualParts) {
+  double share[] = {1, 1, 2, 1};
+  int64_t budget[4];
+  cache::ShareOut(40 + 13, 10, 1000, 4, share,
+                  budget);  // 2.6, 2.6, 5.2, 2.6: two are left, and one head has a kind of its own
+  EXPECT_EQ(std::vector<int64_t>(budget, budget + 4), (std::vector<int64_t>{12, 12, 16, 12}));
+  double all[] = {0, 0, 0, 0};
+  cache::ShareOut(40 + 7, 10, 1000, 4, all, budget);
+  EXPECT_EQ(std::vector<int64_t>(budget, budget + 4), (std::vector<int64_t>{11, 11, 11, 11}));
+  double full[] = {0.3, 0.3, 0.1, 0.3};
+  cache::ShareOut(40 + 100, 10, 40, 4, full, budget);
+  EXPECT_EQ(std::vector<int64_t>(budget, budget + 4), (std::vector<int64_t>{40, 40, 20, 40}));
+}
+
+TEST(JoinShares, TheMeanOfThoseThatGetAboutAsMuch) {
+  int64_t budget[] = {100, 110, 260, 141, 230, 800, 142};
+  double share[] = {0, 1, 16, 2, 12, 70, 3};
+  cache::JoinShares(100, 7, budget, share);  // up to 141, up to 282, up to 565, up to 1131
+  const double low = 1, middle = 31.0 / 3;
+  EXPECT_EQ(std::vector<double>(share, share + 7), (std::vector<double>{low, low, middle, low, middle, 70, middle}));
+}
+
+// Few kinds, whatever the shares, and the same total.
+TEST(JoinShares, LeavesFewKinds) {
+  std::mt19937 rng(4);
+  std::uniform_real_distribution<double> exponent(-14, 0);
+  for (int turn = 0; turn < 200; ++turn) {
+    std::vector<double> share(256), joined;
+    for (double& s : share) s = std::exp(exponent(rng));
+    joined = share;
+    std::vector<int64_t> budget(share.size());
+    cache::ShareOut(256 * 1024, 320, 8192, 256, share.data(), budget.data());
+    const std::vector<int64_t> before = budget;
+    cache::JoinShares(320, 256, budget.data(), joined.data());
+    cache::ShareOut(256 * 1024, 320, 8192, 256, joined.data(), budget.data());
+    const std::set<int64_t> kinds(budget.begin(), budget.end());
+    EXPECT_LE(kinds.size(), 6u);
+    int64_t sum = 0;
+    for (size_t h = 0; h < budget.size(); ++h) {
+      sum += budget[h];
+      EXPECT_LE(budget[h], 2 * before[h]);
+      EXPECT_LE(before[h], 2 * budget[h]);
+    }
+    EXPECT_LE(sum, 256 * 1024);
+    EXPECT_GT(sum, 255 * 1024);
+  }
 }
 
 TEST(MovePieces, NothingIsOverwrittenBeforeItMoves) {
