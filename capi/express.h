@@ -205,12 +205,14 @@ typedef struct express_config {
 
   /* The method. The defaults are the measured best. The paper's own setting, for which its error bound is proven, is
    * weight_exponent 1, gamma 0, tau 1, protected_entries 0, schedule ROUNDS. */
-  int32_t schedule;       /* express_schedule */
-  int32_t halving;        /* express_halving */
-  double weight_exponent; /* alpha in [0, 1]: attention uses alpha * log w */
-  double gamma;           /* in [0, 1]: key kernel, 0 exponential (paper) to 1 Gaussian */
-  double tau;             /* >= 0: scale of the halving thresholds; smaller is greedier */
-  double delta;           /* in (0, 1): failure probability of the halving */
+  int32_t schedule; /* express_schedule */
+  int32_t halving;  /* express_halving */
+  /* alpha in [0, 1]: attention uses alpha * log w. EXPRESS_AUTO: 0.25 where head_budgets comes to OBSERVED with a mean below 1024
+   * entries, whose coresets are the smallest, else 0.5. */
+  double weight_exponent;
+  double gamma; /* in [0, 1]: key kernel, 0 exponential (paper) to 1 Gaussian */
+  double tau;   /* >= 0: scale of the halving thresholds; smaller is greedier */
+  double delta; /* in (0, 1): failure probability of the halving */
 
   /* The budget schedule, over the B' slots of the coreset. */
   double level_fraction; /* c in (0, 1): population of a level over that of the level above */
@@ -246,12 +248,12 @@ typedef struct express_config {
   int32_t reserved; /* 0 */
 } express_config;
 
-#define EXPRESS_CONFIG_INIT                                                                                            \
-  {                                                                                                                    \
-    (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0,   \
-        EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,     \
-        EXPRESS_HALVING_KERNEL, 0.5, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0, EXPRESS_AUTO, NULL, \
-        NULL, NULL, EXPRESS_HEAD_BUDGETS_AUTO, 0                                                                       \
+#define EXPRESS_CONFIG_INIT                                                                                          \
+  {                                                                                                                  \
+    (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0, \
+        EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,   \
+        EXPRESS_HALVING_KERNEL, EXPRESS_AUTO, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0,          \
+        EXPRESS_AUTO, NULL, NULL, NULL, EXPRESS_HEAD_BUDGETS_AUTO, 0                                                 \
   }
 
 /* The same as a function, for languages without the macro: fills the first struct_size bytes of *config with the
@@ -304,7 +306,7 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_attend(const express_cache *
 /* ---------------------------------------------------------------------------------- streaming: many sequences ---- */
 
 /* Since 1.1. express_append of one token, and express_attend of one query token, for each of `count` caches (distinct, of
- * equal layers, heads, dims, dtype, device, scale and weight_exponent; budgets and lengths may differ; on CUDA all on one
+ * equal layers, heads, dims, dtype, device and scale; budgets and lengths may differ; on CUDA of one weight_exponent and all on one
  * stream). The arrays of pointers are read during the call only.
  *   k: (count, kv_heads, key_dim)        v: (count, kv_heads, value_dim)
  *   q: (count, query_heads, key_dim)     out: (count, query_heads, value_dim)     lse: (count, query_heads) F32, or NULL

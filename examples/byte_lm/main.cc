@@ -40,7 +40,7 @@ void AddCache(CLI::App* app, CommonOptions& o) {
   app->add_option("--window", o.kv.window, "Last tokens, kept exactly (-1: from the budget)")->capture_default_str();
   app->add_option("--protected", o.kv.protect, "Outlying older tokens, kept exactly (-1: from the budget)")
       ->capture_default_str();
-  app->add_option("--alpha", o.kv.alpha, "Weight exponent, 0 to 1")->capture_default_str();
+  app->add_option("--alpha", o.kv.alpha, "Weight exponent, 0 to 1; -1: from the budget")->capture_default_str();
   app->add_option("--gamma", o.kv.gamma, "Key kernel: 0 exponential to 1 Gaussian")->capture_default_str();
   app->add_option("--tau", o.kv.tau, "Scale of the halving thresholds")->capture_default_str();
   app->add_option("--schedule", o.kv.schedule, "budget or rounds")

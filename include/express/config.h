@@ -48,7 +48,7 @@ struct Config {
 
   Schedule schedule = Schedule::kBudget;
   Halving halving = Halving::kKernel;
-  double weight_exponent = 0.5;
+  double weight_exponent = kAuto;
   double gamma = 1.0;
   double tau = 0.1;
   double delta = 0.5;

@@ -15,10 +15,11 @@ Status CheckAlike(const Cache* const* caches, int64_t count) {
     const bool alike = a.layers == b.layers && a.query_heads == b.query_heads && a.kv_heads == b.kv_heads &&
                        a.key_dim == b.key_dim && a.value_dim == b.value_dim && a.dtype == b.dtype &&
                        a.device_type == b.device_type && a.device_id == b.device_id && a.scale == b.scale &&
-                       a.weight_exponent == b.weight_exponent;
+                       (a.device_type == DeviceType::kCpu || a.weight_exponent == b.weight_exponent);
     if (!alike)
-      return Error(StatusCode::kInvalidArgument, "caches[", i,
-                   "]: layers, heads, dims, dtype, device, scale and weight_exponent must be those of caches[0]");
+      return Error(
+          StatusCode::kInvalidArgument, "caches[", i,
+          "]: layers, heads, dims, dtype, device, scale and, on CUDA, weight_exponent must be those of caches[0]");
   }
   return Status();
 }

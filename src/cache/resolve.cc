@@ -95,7 +95,9 @@ Status CheckArrays(const Config& c) {
 Status CheckMethod(const Config& c) {
   EXPRESS_RETURN_IF_ERROR(InRange("schedule", static_cast<int32_t>(c.schedule), 0, 1));
   EXPRESS_RETURN_IF_ERROR(InRange("halving", static_cast<int32_t>(c.halving), 0, 1));
-  EXPRESS_RETURN_IF_ERROR(InRange("weight_exponent", c.weight_exponent, 0.0, 1.0));
+  if (c.weight_exponent != kAuto && !(c.weight_exponent >= 0 && c.weight_exponent <= 1))
+    return Error(StatusCode::kInvalidArgument, "config.weight_exponent: expected EXPRESS_AUTO or 0 .. 1, got ",
+                 c.weight_exponent);
   EXPRESS_RETURN_IF_ERROR(InRange("gamma", c.gamma, 0.0, 1.0));
   EXPRESS_RETURN_IF_ERROR(InRange("tau", c.tau, 0.0, 1e6));
   if (!(c.delta > 0 && c.delta < 1))
@@ -194,10 +196,16 @@ bool AutoObserves(const Config& c) {
 // window and protected entries share what a head has beyond its base.
 constexpr int64_t kMeanWithCoreset = 1024;
 
-plan::Shares SharesOf(const Config& c, int64_t base) {
-  const bool small = c.head_budgets == HeadBudgets::kObserved && base < BaseBudget(c, kMeanWithCoreset);
-  return small ? plan::Shares{.window = 70, .protect = 30} : plan::Shares{};
+bool SmallCoresets(const Config& c, int64_t base) {
+  return c.head_budgets == HeadBudgets::kObserved && base < BaseBudget(c, kMeanWithCoreset);
 }
+
+plan::Shares SharesOf(const Config& c, int64_t base) {
+  return SmallCoresets(c, base) ? plan::Shares{.window = 70, .protect = 30} : plan::Shares{};
+}
+
+// Four entries that stand for thousands of tokens are worth less than their weights say.
+double AutoExponent(const Config& c, int64_t base) { return SmallCoresets(c, base) ? 0.25 : 0.5; }
 
 void DivideCoreset(const Config& c, plan::Setting* s) {
   s->level_fraction = c.level_fraction;
@@ -276,6 +284,7 @@ Status ResolveEntries(const Config& c, int64_t mean, Resolved* resolved) {
 
   int64_t base = 0;
   const std::vector<int64_t> budgets = BudgetsOfHeads(c, mean, &base);
+  if (c.weight_exponent == kAuto) resolved->config.weight_exponent = AutoExponent(c, base);
   resolved->settings.clear();
   resolved->mean_entries =
       std::accumulate(budgets.begin(), budgets.end(), int64_t{0}) / static_cast<int64_t>(budgets.size());

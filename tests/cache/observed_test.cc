@@ -279,6 +279,47 @@ TEST(Observed, AutoIsObservedWhereItCan) {
   EXPECT_EQ(of([](Config& c) { c.budget = 24; }), HeadBudgets::kFixed);  // a base of 7 would be too small
 }
 
+// AUTO, the default: what the smallest coresets stand for counts less.
+TEST(Observed, TheWeightExponentFollowsTheBudget) {
+  EXPECT_EQ(Config().weight_exponent, kAuto);
+  const auto outputs = [](const Config& base, double exponent) {
+    Config c = base;
+    c.weight_exponent = exponent;
+    const int64_t n = c.budget + c.budget / 2;
+    const Streams s(c, n);
+    ExpressCache cache = Create(c);
+    return Feed(cache, c, s, 0, n, c.budget / 2);
+  };
+  Config small = ObservedConfig();
+  EXPECT_EQ(outputs(small, kAuto), outputs(small, 0.25));
+  EXPECT_NE(outputs(small, kAuto), outputs(small, 0.5));
+  Config fixed = small;
+  fixed.head_budgets = HeadBudgets::kFixed;
+  EXPECT_EQ(outputs(fixed, kAuto), outputs(fixed, 0.5));
+  EXPECT_NE(outputs(fixed, kAuto), outputs(fixed, 0.25));
+  Config most = small;  // the first mean with coresets, and the last without
+  for (const int64_t mean : {1023, 1024}) {
+    most.budget = mean;
+    EXPECT_EQ(outputs(most, kAuto), outputs(most, mean < 1024 ? 0.25 : 0.5)) << mean;
+    EXPECT_NE(outputs(most, kAuto), outputs(most, mean < 1024 ? 0.5 : 0.25)) << mean;
+  }
+  // The budgets of a batch may differ all the same.
+  Config large = small;
+  small.head_budgets = large.head_budgets = HeadBudgets::kAuto;
+  small.weight_exponent = large.weight_exponent = kAuto;
+  large.budget = 2048;
+  ExpressCache a = Create(small), b = Create(large);
+  const Stream s(small, 2);
+  ExpressCache* const both[] = {&a, &b};
+  EXPECT_OK(ExpressCache::AppendBatch(both, 0, View(s.k.data(), {2, small.kv_heads, small.key_dim}),
+                                      View(s.v.data(), {2, small.kv_heads, small.value_dim})));
+  std::vector<float> out(static_cast<size_t>(2 * small.query_heads * small.value_dim));
+  EXPECT_OK(ExpressCache::AttendBatch(both, 0, View(s.q.data(), {2, small.query_heads, small.key_dim}),
+                                      View(out.data(), {2, small.query_heads, small.value_dim})));
+  EXPECT_EQ(std::vector<float>(out.begin(), out.begin() + small.value_dim),  // one token: its own value
+            std::vector<float>(s.v.begin(), s.v.begin() + small.value_dim));
+}
+
 // A prompt that is longer than the budget in one call: settled behind it. (Longer than those that fixed budgets answer exactly.)
 TEST(Observed, APromptInOneCallIsSettledAfterwards) {
   const Config c = ObservedConfig();

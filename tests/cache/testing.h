@@ -30,6 +30,7 @@ inline Config SmallConfig() {
   c.prefill_block = 16;
   c.seed = 5;
   c.head_budgets = HeadBudgets::kFixed;  // most tests are about what depends on counts alone
+  c.weight_exponent = 0.5;
   return c;
 }
 

@@ -70,7 +70,7 @@ def sequence_parallel(rank, world, folder, device):
     k, v, q = (torch.randn(n, heads, 64, generator=generator).to(device) for n, heads in ((400, 2), (400, 2), (5, 8)))
     result = {}
     for name, budget in (("exact", 512), ("small", 40)):
-        cache = express_kv.Cache(query_heads=8, kv_heads=2, key_dim=64, budget=budget, dtype="float32", threads=1, device=device)
+        cache = express_kv.Cache(query_heads=8, kv_heads=2, key_dim=64, budget=budget, weight_exponent=0.5, dtype="float32", threads=1, device=device)
         part = slice(400 * rank // world, 400 * (rank + 1) // world)
         cache.append(0, k[part], v[part])
         lse = torch.empty(5, 8, device=device)

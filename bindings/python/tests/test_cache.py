@@ -20,7 +20,7 @@ except ImportError:
     torch = None
 
 needs_torch = pytest.mark.skipif(torch is None, reason="PyTorch is not installed")
-SHAPE = {"layers": 2, "query_heads": 6, "kv_heads": 2, "key_dim": 16, "value_dim": 8, "budget": 64, "seed": 3}
+SHAPE = {"layers": 2, "query_heads": 6, "kv_heads": 2, "key_dim": 16, "value_dim": 8, "budget": 64, "seed": 3, "weight_exponent": 0.5}
 
 
 def stream(n, seed=1, dtype=np.float32):
