@@ -107,7 +107,7 @@ impl Config {
         protected_entries: i64;
         /// How many tokens [`crate::Cache::rollback`] can always take back.
         rollback_reserve: i64;
-        /// The exponent of weights in attention.
+        /// The exponent of weights in attention; default: from the budget.
         weight_exponent: f64;
         /// The key kernel, from 0 (exponential) to 1 (Gaussian).
         gamma: f64;
