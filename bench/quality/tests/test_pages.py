@@ -59,3 +59,20 @@ def test_the_four_uses_are_what_the_results_say(tmp_path):
     mean = lambda values: sum(values) / len(values)
     excess = mean([mean([r["bits_second_half"] for r in rows if r["case"] == case]) - exact[case] for case in cases])
     assert next(cells for cells in held if cells[0] == "1024")[3].startswith(f"{excess:.3f} ±")
+
+
+def test_the_nearest_rival_is_found(tmp_path):
+    import summary
+    def rows(policy, bits):
+        return [{**row(policy, 0 if policy == "exact" else 256, case, length=16384), "bits_second_half": x} for case, x in zip("abc", bits)]
+
+    ours = summary.BYTES8
+    found = rows("exact", (0.5, 0.6, 0.7)) + rows(ours, (1.0, 1.1, 1.2)) + rows("window", (1.3, 1.4, 1.6)) + rows("h2o", (0.9, 1.0, 1.1)) + rows("snapkv, prompt", (0.1, 0.1, 0.1))
+    found += [{**r, "kind": "recall", "case": r["case"] + "!", "answers": [[0.1, 1], [0.2, int(r["policy"] != "window")]]} for r in found]
+    results = report.Results([write(tmp_path / "rows.jsonl", found)])
+    assert summary.rivals(results) == ["window", "h2o"]  # what keeps all, and what is cut once, are none
+    mean, error = summary.difference(results, "window", ours, 256, "plain")
+    assert abs(mean - 1 / 3) < 1e-9 and abs(error - 1 / 30) < 1e-9
+    line = summary.nearest_table(results, report.Results([write(tmp_path / "none.jsonl", rows("exact", (1, 1, 1)))]))[2]
+    assert line.startswith("| dev | 16384 | 8 bits in the same bytes | 256 | h2o -0.1000 ± 0.0000 **behind** | h2o -0.1000 ± 0.0000 **behind** | 100 / 100 | – |")
+    assert summary.main_table(results, results)[3].startswith("|  | **express, observed, 8 bits in the same bytes** | 0.00 | 0.500 ± 0.000 | 0.500 ± 0.000 | 100 | – |")
