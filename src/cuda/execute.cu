@@ -300,6 +300,27 @@ __device__ void Arrive(Ring& ring, int32_t offset, int32_t sequence, bool comple
   progress[0] = sequence;
 }
 
+// What a step reads one after the other lies far away, if the other layers' entries have pushed it out of the L2 since the last
+// token. It is asked for while the kernel before is at work. A cursor that is out of date asks for the wrong lines, no more; it is
+// read past the L1, which must not have it when it is read for good.
+__device__ void AskFor(const Head& head, const Ring& ring, int32_t key_dim) {
+  constexpr int32_t kLine = 128, kRecordBytes = 1024;
+  const auto ask = [](const void* from, int32_t bytes) {
+    for (int32_t at = static_cast<int32_t>(threadIdx.x) * kLine; at < bytes; at += kThreads * kLine)
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(static_cast<const char*>(from) + at));
+  };
+  const int32_t cursor = __ldcg(&ring.cursor), left = __ldcg(&ring.capacity) - cursor;
+  const auto words = reinterpret_cast<const int32_t*>(__ldcg(reinterpret_cast<const unsigned long long*>(&ring.words)));
+  ask(words + cursor, min(kRecordBytes, left * static_cast<int32_t>(sizeof(int32_t))));
+  if (head.protect == 0) return;
+  const auto floats = static_cast<int32_t>(sizeof(float));
+  ask(head.mean, key_dim * floats);
+  ask(head.sum, key_dim * floats);
+  ask(head.protected_count, 2 * floats);
+  ask(head.score, head.protect * floats);
+  ask(head.protected_slot, head.protect * floats);
+}
+
 template <class T, Part kPart>
 __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant__ ExecuteArgs args) {
   extern __shared__ __align__(16) char shared[];
@@ -310,6 +331,7 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
   const Head& head = args.heads[blockIdx.y][blockIdx.x];
   Ring& ring = args.rings[blockIdx.y][head.plan];
   DependentsMayStart();
+  if (args.launch_early) AskFor(head, ring, args.key_dim);
   WaitForKernelBefore();
   const Worker<T, kPart> worker{args, head, shared, row, reduced, found};
   const auto layer = static_cast<int64_t>(blockIdx.x) / args.kv_heads,
