@@ -167,10 +167,10 @@ typedef struct express_config {
   int32_t key_dim;     /* head dimension of queries and keys, 1 .. 1024 */
   int32_t value_dim;   /* head dimension of values, 1 .. 1024 */
   double scale;        /* softmax scale, > 0; EXPRESS_AUTO: 1 / sqrt(key_dim) */
-  /* express_dtype of the stored keys and values: F32, F16, BF16 or I8; arithmetic is always float32. I8, on the CPU only
-   * (EXPRESS_STATUS_UNSUPPORTED on a CUDA device): every key and every value is a row of 8-bit codes with one scale, max |x| / 127
-   * rounded up to bfloat16, so x is off by half of that at most; an entry takes key_dim + value_dim + 4 bytes. What goes in and
-   * comes out stays F32, F16 or BF16. One NaN or infinity makes its whole row NaN. */
+  /* express_dtype of the stored keys and values: F32, F16, BF16 or I8; arithmetic is always float32. I8:
+   * every key and every value is a row of 8-bit codes with one scale, max |x| / 127 rounded up to bfloat16, so x is off by half
+   * of that at most; an entry takes key_dim + value_dim + 4 bytes. What goes in and comes out stays F32, F16 or BF16. One NaN or
+   * infinity makes its whole row NaN. */
   int32_t dtype;
   int32_t device_type; /* express_device_type */
   int32_t device_id;   /* 0 on the CPU */

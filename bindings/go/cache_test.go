@@ -369,10 +369,6 @@ func TestStorageInEightBits(t *testing.T) {
 			}
 		}
 	}
-	config.DeviceType = DeviceCUDA
-	if _, err := New(&config); !errors.Is(err, StatusUnsupported) {
-		t.Errorf("on a device: %v", err)
-	}
 }
 
 func TestStridesAndPartsOfLargerArrays(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 // DType is an element type: express_dtype.
 type DType int32
 
-// Element types. I64 is for positions only. I8 is for Config.DType only, on the CPU: 8-bit codes, and a scale for each key and value.
+// Element types. I64 is for positions only. I8 is for Config.DType only: 8-bit codes, and a scale for each key and value.
 const (
 	DTypeF32  DType = C.EXPRESS_DTYPE_F32
 	DTypeF16  DType = C.EXPRESS_DTYPE_F16

@@ -9,6 +9,7 @@
 
 #include "src/cache/cuda_prompt.h"
 #include "src/cache/message.h"
+#include "src/cpu/kernels.h"
 
 namespace express::cache {
 
@@ -233,17 +234,20 @@ void CudaCache::LayoutWork(const Shape& r, const Plans& plans, Arena& device, cu
 void CudaCache::LayoutArrays(const Shape& r, const Plans& plans, Arena& device, cuda::Head* described) {
   const Config& c = r.config;
   const int64_t heads = int64_t{c.layers} * c.kv_heads, element = SizeOf(c.dtype);
-  const auto rows = [&](int64_t count, int64_t dim) {
+  const auto rows = [&](int64_t bytes) {
     constexpr int64_t kAlignment = 256;
-    char* at = device.Take<char>((count * dim * element + kAlignment - 1 + 64) / kAlignment * kAlignment + kAlignment);
+    char* at = device.Take<char>((bytes + kAlignment - 1 + 64) / kAlignment * kAlignment + kAlignment);
     return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(at) + kAlignment - 1) / kAlignment * kAlignment);
   };
   for (int64_t h = 0; h < heads; ++h) {
     const plan::Setting& setting = r.settings[h];
     const int64_t leader = described == nullptr ? h : plans.plan_heads[plans.plans[plans.head_plan[h]].first_head];
     cuda::Head head = described == nullptr ? cuda::Head() : described[h];
-    head.key = rows(setting.budget, c.key_dim);
-    head.value = rows(setting.budget, c.value_dim);
+    head.key = rows(setting.budget * c.key_dim * element);
+    head.value = rows(setting.budget * (c.value_dim * element + cpu::ScaleBytes(c.dtype)));
+    head.scale = nullptr;
+    if (c.dtype == DType::kI8)
+      head.scale = reinterpret_cast<cuda::RowScales*>(static_cast<char*>(head.value) + setting.budget * c.value_dim);
     head.position = device.Take<int64_t>(setting.budget);
     // Every head takes room for weights, so that the size does not depend on how heads share plans.
     float* own = device.Take<float>(setting.budget);
@@ -435,9 +439,11 @@ Status CudaCache::ExportHead(int32_t index, const Array& k, const Array& v, cons
   const cuda::GatherHead gather{
       .slab_key = head.key,
       .slab_value = head.value,
+      .slab_scale = head.scale,
       .slab_position = head.position,
       .key = k.data,
       .value = v.data,
+      .scale = nullptr,
       .position = position != nullptr ? reinterpret_cast<int64_t*>(position->data) : nullptr,
       .log_weight = log_weight != nullptr ? reinterpret_cast<float*>(log_weight->data) : nullptr,
       .index = entries,

@@ -154,7 +154,9 @@ class CudaCache final : public Cache {
   void ExecuteForAll(cuda::Uploader& uploader);
   void MoveArrays(const Arena::Piece* from, const Arena::Piece* to, int64_t count);
   void ObserveQueries(const Cache* const* caches, int32_t layer, const cuda::AttendArgs& attend) const;
-  void ObservePrompt(int32_t layer, const Queries& queries, const Input& input) const;
+  void ObservePrompt(int32_t layer, const Queries& queries, const Input& input, const cuda::Rows& k) const;
+  Status PrefillPart(int32_t layer, const Queries& queries, const Input& input, void* workspace);
+  static Status CompressCodes(CudaCache* cache, Input input, void* workspace, const OneShotOutput& out);
   int64_t MostBudget() const;
   const plan::Setting* largest() const { return budgets_.observed != nullptr ? &largest_ : nullptr; }
 

@@ -30,6 +30,7 @@ void ListArrays(const Config& c, const cuda::Head& head, const char* base, Arena
   };
   put(head.key, capacity * dim * element);
   put(head.value, capacity * static_cast<size_t>(c.value_dim) * element);
+  if (head.scale != nullptr) put(head.scale, capacity * sizeof(cuda::RowScales));
   put(head.position, capacity * sizeof(int64_t));
   put(OwnWeights(head), head.leader != 0 ? capacity * sizeof(float) : 0);
   put(head.mean, dim * sizeof(float));
@@ -83,8 +84,8 @@ void CudaCache::ObserveQueries(const Cache* const* caches, int32_t layer, const 
 }
 
 // Before the prompt is ingested: until observation ends nothing has been dropped, so each of its tokens sees what the slabs hold now, and
-// the prompt's own rows up to itself.
-void CudaCache::ObservePrompt(int32_t layer, const Queries& queries, const Input& input) const {
+// the prompt's own rows, as the slabs will hold them, up to itself.
+void CudaCache::ObservePrompt(int32_t layer, const Queries& queries, const Input& input, const cuda::Rows& k) const {
   if (budgets_.observed == nullptr || observation_closed_ != 0) return;
   const int64_t begin = LayerTokens(layer), end = std::min(begin + input.tokens, ObservationEnd(mean_budget_));
   const int64_t first = (std::max(begin, FarDistance()) + kObserveEvery - 1) / kObserveEvery * kObserveEvery;
@@ -100,7 +101,7 @@ void CudaCache::ObservePrompt(int32_t layer, const Queries& queries, const Input
   args.q = {queries.q.data, queries.q.stride[0], queries.q.stride[1], queries.q.dtype};
   args.q_cache_stride = 0;
   args.prompt = true;
-  args.k = RowsOf(input, input.k, layer);
+  args.k = k;
   args.first_position = begin;
   args.scale = static_cast<float>(config_.scale);
   args.exponent = static_cast<float>(config_.weight_exponent);
@@ -182,7 +183,7 @@ bool CudaCache::ResizeFits() const {
   LayoutWork(next, plans_, work, nullptr, nullptr);
   return static_cast<int64_t>(host.used()) <= parts_.plans_bytes && device.used() <= parts_.array_bytes &&
          work.used() <= parts_.work_bytes &&
-         std::max<int64_t>(host.piece_count(), 8 * HeadCount()) <= budgets_.piece_capacity;
+         std::max<int64_t>(host.piece_count(), 9 * HeadCount()) <= budgets_.piece_capacity;
 }
 
 // Rings are empty, and begin at their front. Their sequences go on from a number that none has come to, so that what a plan that had

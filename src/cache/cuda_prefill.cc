@@ -1,4 +1,5 @@
 // The calls that take a prompt on the GPU: prefill, compress_kv, and how much memory they need.
+#include <initializer_list>
 #include <limits>
 #include <utility>
 
@@ -6,6 +7,21 @@
 #include "src/cache/message.h"
 
 namespace express::cache {
+namespace {
+
+// Attention over a prompt takes its tensors as they are: all of the storage type, or, where that is in 8 bits, all of one type.
+Status CheckTypes(const char* where, DType stored, std::initializer_list<std::pair<const char*, DType>> tensors) {
+  const bool scaled = stored == DType::kI8;
+  const DType expected = scaled ? tensors.begin()->second : stored;
+  for (const auto& [name, dtype] : tensors)
+    if (dtype != expected)
+      return Error(StatusCode::kDtypeMismatch, name, ".dtype: ", where, " expected ",
+                   scaled ? "the type of the other tensors (" : "config.dtype (", static_cast<int32_t>(expected),
+                   "), got ", static_cast<int32_t>(dtype));
+  return Status();
+}
+
+}  // namespace
 
 Status CudaCache::DoWorkspaceSize(int64_t n, size_t* bytes) const {
   *bytes = n == 0 ? 0 : static_cast<size_t>(PromptRun::Bytes(*this, n, true));
@@ -19,12 +35,11 @@ Status CudaCache::DoPrefill(int32_t layer, const Queries& queries, const Input& 
   if (Capturing()) return Error(StatusCode::kUnsupported, "cache: express_prefill cannot be captured in a graph");
   EXPRESS_RETURN_IF_ERROR(Settle());
   EXPRESS_RETURN_IF_ERROR(CheckSettled());
-  const std::pair<const char*, DType> types[] = {
-      {"q", queries.q.dtype}, {"out", queries.out.dtype}, {"k", input.k.dtype}, {"v", input.v.dtype}};
-  for (const auto& [name, dtype] : types)
-    if (dtype != config_.dtype)
-      return Error(StatusCode::kDtypeMismatch, name, ".dtype: in prefill on CUDA expected config.dtype (",
-                   static_cast<int32_t>(config_.dtype), "), got ", static_cast<int32_t>(dtype));
+  EXPRESS_RETURN_IF_ERROR(CheckTypes("in prefill on CUDA", config_.dtype,
+                                     {{"q", queries.q.dtype},
+                                      {"out", queries.out.dtype},
+                                      {"k", input.k.dtype},
+                                      {"v", input.v.dtype}}));
   if (input.tokens >= std::numeric_limits<int32_t>::max())
     return Error(StatusCode::kSizeOverflow, "k.shape: expected fewer than 2^31 tokens in one call, got ", input.tokens);
   const int64_t bytes = PromptRun::Bytes(*this, input.tokens, true);
@@ -36,13 +51,30 @@ Status CudaCache::DoPrefill(int32_t layer, const Queries& queries, const Input& 
     return Error(StatusCode::kInvalidArgument, "workspace.data: expected an address aligned to 256");
   if (workspace.bytes < static_cast<size_t>(bytes))
     return Error(StatusCode::kBufferTooSmall, "workspace.bytes: expected at least ", bytes, ", got ", workspace.bytes);
-  PromptRun run(*this, layer, input, &queries, workspace.data);
+  Input part = input;
+  Queries part_queries = queries;
+  for (int64_t done = 0; done < input.tokens; done += part.tokens) {
+    part.first_token = input.first_token + done;
+    part.tokens = PromptRun::PartOf(config_, LayerTokens(layer), input.tokens - done, true);
+    part_queries.q.data = static_cast<char*>(queries.q.At(done));
+    part_queries.out.data = static_cast<char*>(queries.out.At(done));
+    if (queries.has_lse) part_queries.lse.data = static_cast<char*>(queries.lse.At(done));
+    EXPRESS_RETURN_IF_ERROR(PrefillPart(layer, part_queries, part, workspace.data));
+  }
+  CountEntries(layer, 1);
+  return Status();
+}
+
+// Breaks the cache if it throws when a part before it has been enqueued, or if it fails.
+Status CudaCache::PrefillPart(int32_t layer, const Queries& queries, const Input& input, void* workspace) {
+  PromptRun run(*this, layer, input, &queries, workspace);
+  broken_ = input.first_token > 0;
   run.Reserve();
   broken_ = true;  // until all is enqueued
-  ObservePrompt(layer, queries, input);
+  run.Quantise();
+  ObservePrompt(layer, queries, input, run.stored_k());
   EXPRESS_RETURN_IF_ERROR(run.Run());
   broken_ = false;
-  CountEntries(layer, 1);
   return Status();
 }
 
@@ -70,18 +102,39 @@ Status CudaCache::CompressOnce(const Resolved& resolved, void* memory, int64_t, 
   } end{cache};
   Input input{};
   EXPRESS_RETURN_IF_ERROR(cache->CheckInput(k, v, 0, &input));
-  for (const auto& [name, dtype] : {std::pair("k", input.k.dtype), std::pair("v", input.v.dtype)})
-    if (dtype != resolved.config.dtype)
-      return Error(StatusCode::kDtypeMismatch, name, ".dtype: on CUDA expected config.dtype (",
-                   static_cast<int32_t>(resolved.config.dtype), "), got ", static_cast<int32_t>(dtype));
+  EXPRESS_RETURN_IF_ERROR(
+      CheckTypes("on CUDA", resolved.config.dtype, {{"k", input.k.dtype}, {"v", input.v.dtype}}));
   if (input.tokens >= std::numeric_limits<int32_t>::max())
     return Error(StatusCode::kSizeOverflow, "k.shape: expected fewer than 2^31 tokens, got ", input.tokens);
   cache->InitDevice();
-  PromptRun run(*cache, 0, input, nullptr, static_cast<char*>(memory) + AlignedBytes(device));
+  char* workspace = static_cast<char*>(memory) + AlignedBytes(device);
+  if (resolved.config.dtype == DType::kI8) {
+    EXPRESS_RETURN_IF_ERROR(CompressCodes(cache, input, workspace, out));
+    return cache->Entries(0, 0, count);
+  }
+  PromptRun run(*cache, 0, input, nullptr, workspace);
   run.SetOutput(&out);
   run.Reserve();
   if (input.tokens > 0) EXPRESS_RETURN_IF_ERROR(run.Run());
   return cache->Entries(0, 0, count);
+}
+
+// In 8 bits: part after part into the slabs, and those to the outputs.
+Status CudaCache::CompressCodes(CudaCache* cache, Input input, void* workspace, const OneShotOutput& out) {
+  for (int64_t end = input.first_token + input.tokens; input.first_token < end; input.first_token += input.tokens) {
+    input.tokens = PromptRun::PartOf(cache->config_, cache->LayerTokens(0), end - input.first_token, false);
+    PromptRun run(*cache, 0, input, nullptr, workspace);
+    run.Reserve();
+    run.Quantise();
+    EXPRESS_RETURN_IF_ERROR(run.Run());
+  }
+  for (int32_t g = 0; g < cache->config_.kv_heads; ++g) {
+    const Array k = OfHead(out.k, g), v = OfHead(out.v, g), log_weight = OfHead(out.log_weight, g);
+    const Array position = out.position != nullptr ? OfHead(*out.position, g) : Array();
+    EXPRESS_RETURN_IF_ERROR(
+        cache->ExportHead(g, k, v, &log_weight, out.position != nullptr ? &position : nullptr));
+  }
+  return Status();
 }
 
 }  // namespace express::cache

@@ -30,7 +30,7 @@ size_t StateBytes(plan::Plan& plan) {
 }  // namespace
 
 // The memory grows with the prompt. Short prompts are taken in a few spans too, so that there is something to overlap.
-PromptRun::Shape PromptRun::ShapeOf(const Config&, int64_t most_budget, int64_t tokens, int64_t block) {
+PromptRun::Shape PromptRun::ShapeOf(const Config& c, int64_t most_budget, int64_t tokens, int64_t block) {
   constexpr int64_t kShort = 2048;
   const auto whole_blocks = [&](int64_t n) {
     return std::min({tokens, kSpan, (std::max(n, block) + block - 1) / block * block});
@@ -39,7 +39,8 @@ PromptRun::Shape PromptRun::ShapeOf(const Config&, int64_t most_budget, int64_t 
   const int64_t span = block > 0 ? whole_blocks(quarter) : std::min(tokens, kSpan),
                 blocks = block > 0 ? span / block + 2 : 1, parities = block > 0 && tokens > kShort ? 2 : 1;
   const plan::Span::Bounds bound = plan::Span::Bound(most_budget, span, blocks);
-  return {.span = span,
+  return {.quantised = c.dtype == DType::kI8 ? tokens : 0,
+          .span = span,
           .blocks = blocks,
           .parities = parities,
           .nodes = bound.nodes,
@@ -83,6 +84,13 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
     graph.items = arena.Take<cuda::SpanItem>(most_plans * (s.samples + s.halves));
     graph.members = arena.Take<cuda::SpanMember>(most_plans * s.members);
   }
+  memory->key_codes = arena.Take<int8_t>(kv * s.quantised * c.key_dim);
+  memory->value_codes = arena.Take<int8_t>(kv * s.quantised * c.value_dim);
+  memory->scales = arena.Take<cuda::RowScales>(kv * s.quantised);
+  memory->slab_rows = attention && s.quantised > 0 ? budget : 0;
+  constexpr int64_t kMostElement = 4;  // the prompt's type is not known yet
+  memory->slab_keys = arena.Take<char>(kv * memory->slab_rows * c.key_dim * kMostElement);
+  memory->slab_values = arena.Take<char>(kv * memory->slab_rows * c.value_dim * kMostElement);
   memory->ticket = arena.Take<int32_t>(1);
   memory->departures = arena.Take<cuda::SpanDepartures>(most_plans);
   memory->store_plans = arena.Take<cuda::SpanStorePlan>(most_plans);
@@ -124,6 +132,7 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
     h.stage_key = arena.Take<char>(budget * c.key_dim * element);
     h.stage_value = arena.Take<char>(budget * c.value_dim * element);
     h.stage_position = arena.Take<int64_t>(budget);
+    h.stage_scale = arena.Take<cuda::RowScales>(s.quantised > 0 ? budget : 0);
     if (heads != nullptr) heads->push_back(h);
   }
 }
@@ -132,6 +141,7 @@ int64_t PromptRun::Bytes(const CudaCache& cache, int64_t tokens, bool attention)
   Arena arena;
   Memory memory;
   const int64_t block = attention ? cache.config_.prefill_block : 0;
+  if (cache.config_.dtype == DType::kI8) tokens = std::min(tokens, kQuantised);
   Layout(cache, ShapeOf(cache.config_, cache.MostBudget(), tokens, block), attention, arena, &memory, nullptr, nullptr);
   return arena.overflow() ? std::numeric_limits<int64_t>::max() : static_cast<int64_t>(arena.used());
 }
@@ -145,6 +155,8 @@ PromptRun::PromptRun(CudaCache& cache, int32_t layer, const Input& input, const 
       workspace_(workspace),
       k_(cache.RowsOf(input, input.k, layer)),
       v_(cache.RowsOf(input, input.v, layer)),
+      stored_k_(k_),
+      stored_v_(v_),
       first_position_(cache.LayerTokens(layer)),
       block_(queries != nullptr ? cache.config_.prefill_block : 0),
       shape_(ShapeOf(cache.config_, cache.MostBudget(), input.tokens, block_)),
@@ -185,6 +197,42 @@ void PromptRun::Reserve() {
   store_heads_.resize(heads);
   stage_heads_.resize(heads);
   gather_heads_.resize(heads);
+}
+
+int64_t PromptRun::PartOf(const Config& config, int64_t position, int64_t tokens, bool attention) {
+  if (config.dtype != DType::kI8 || tokens <= kQuantised) return tokens;
+  const int64_t block = attention ? config.prefill_block : 1;  // parts end where blocks end
+  return (position + kQuantised) / block * block - position;
+}
+
+void PromptRun::Quantise() {
+  if (!scaled()) return;
+  const Config& c = cache_.config_;
+  const int64_t rows = input_.tokens;
+  cuda::QuantiseRows({.k = k_,
+                      .v = v_,
+                      .rows = rows,
+                      .kv_heads = c.kv_heads,
+                      .key_dim = c.key_dim,
+                      .value_dim = c.value_dim,
+                      .key = memory_.key_codes,
+                      .value = memory_.value_codes,
+                      .scale = memory_.scales},
+                     cache_.stream_);
+  stored_k_ = {memory_.key_codes, c.key_dim, rows * c.key_dim, DType::kI8, memory_.scales, rows};
+  stored_v_ = {memory_.value_codes, c.value_dim, rows * c.value_dim, DType::kI8, memory_.scales, rows};
+  if (block_ == 0 || fresh()) return;
+  cuda::DequantiseSlabs({.heads = cache_.parts_.heads + layer_ * c.kv_heads,
+                         .kv_heads = c.kv_heads,
+                         .most_capacity = static_cast<int32_t>(memory_.slab_rows),
+                         .key_dim = c.key_dim,
+                         .value_dim = c.value_dim,
+                         .dtype = k_.dtype,
+                         .key = memory_.slab_keys,
+                         .value = memory_.slab_values,
+                         .key_stride = memory_.slab_rows * c.key_dim * SizeOf(k_.dtype),
+                         .value_stride = memory_.slab_rows * c.value_dim * SizeOf(k_.dtype)},
+                        cache_.stream_);
 }
 
 // ---- the plans ----
@@ -332,8 +380,8 @@ cuda::SpanArgs PromptRun::Arguments() const {
           .key_dim = c.key_dim,
           .value_dim = c.value_dim,
           .dtype = c.dtype,
-          .k = k_,
-          .v = v_,
+          .k = stored_k_,
+          .v = stored_v_,
           .halve = cache_.Halve(),
           .exponent = static_cast<float>(c.weight_exponent)};
 }
@@ -407,7 +455,7 @@ void PromptRun::Admit(int32_t i) {
                .key_dim = c.key_dim,
                .protect = static_cast<int32_t>(protect),
                .dtype = c.dtype,
-               .k = k_,
+               .k = stored_k_,
                .first = begun,
                .count = departures,
                .source_count = std::max<int64_t>(0, old - begin.departures),
@@ -441,7 +489,7 @@ void PromptRun::Attend(const cuda::PrefillHead* heads, int64_t first, int64_t to
                  .group = c.query_heads / c.kv_heads,
                  .key_dim = c.key_dim,
                  .value_dim = c.value_dim,
-                 .dtype = c.dtype,
+                 .dtype = k_.dtype,
                  .q = rows(queries_->q),
                  .k = k_,
                  .v = v_,

@@ -57,8 +57,14 @@ class PromptRun {
   static constexpr int64_t kSpan = 32768;      // tokens
   static constexpr int64_t kRecorded = 16384;  // prompts up to so many tokens are recorded
 
+  // Of 8-bit storage, what a prompt brings is quantised first; longer ones are taken as several prompts.
+  static constexpr int64_t kQuantised = kSpan;
+  // Tokens that a prompt of `tokens` tokens, of which the first has this position, is taken up to.
+  static int64_t PartOf(const Config& config, int64_t position, int64_t tokens, bool attention);
+
   // Of what a workspace for prompts up to `tokens` tokens is made. `block` 0: no attention.
   struct Shape {
+    int64_t quantised;                              // rows
     int64_t span, blocks;                           // of one span
     int64_t parities;                               // spans whose graphs are there at once
     int64_t nodes, samples, halves, list, members;  // of a plan, of a span
@@ -71,6 +77,9 @@ class PromptRun {
   PromptRun(CudaCache& cache, int32_t layer, const Input& input, const CudaCache::Queries* queries, void* workspace);
   // The host's memory, before anything changes; throws std::bad_alloc.
   void Reserve();
+  // Rows in 8 bits, and slabs of such as numbers, before all else; nothing for other types.
+  void Quantise();
+  const cuda::Rows& stored_k() const { return stored_k_; }  // as the slabs will hold them
   Status Run();
   // Instead of slabs: the entries go to the outputs of compress_kv.
   void SetOutput(const OneShotOutput* output) { output_ = output; }
@@ -98,6 +107,11 @@ class PromptRun {
     cuda::SpanDepartures* departures;  // (plan_count)
     cuda::SpanStorePlan* store_plans;  // (plan_count)
     cuda::SpanStoreHead* store_heads;  // (kv_heads)
+    // Of 8-bit storage.
+    int8_t *key_codes, *value_codes;  // (kv_heads, rows, dim)
+    cuda::RowScales* scales;          // (kv_heads, rows)
+    char *slab_keys, *slab_values;    // (kv_heads, most budget, dim) of the prompt's type: what attention reads
+    int64_t slab_rows;                // most budget
   };
   struct PlanMemory {
     int32_t *heads, *sink_index, *old_tail, *source, *slot_nodes, *snapshot_at, *code, *to;
@@ -111,6 +125,7 @@ class PromptRun {
     uint8_t* keep;
     char *halve_scratch, *stage_key, *stage_value;
     int64_t* stage_position;
+    cuda::RowScales* stage_scale;
   };
   static void Layout(const CudaCache& cache, const Shape& shape, bool attention, Arena& arena, Memory* memory,
                      std::vector<PlanMemory>* plans, std::vector<HeadMemory>* heads);
@@ -148,6 +163,7 @@ class PromptRun {
   void BeginGraph();
   void RunGraph(bool more);
   void Admit(int32_t plan);
+  bool scaled() const { return cache_.config_.dtype == DType::kI8; }
   void Attend(const cuda::PrefillHead* heads, int64_t first, int64_t tokens, int64_t first_block, int64_t blocks);
   void AttendEarly(int64_t tokens);
   void AttendSpan(int64_t first, int64_t tokens, bool more);
@@ -165,7 +181,8 @@ class PromptRun {
   const CudaCache::Queries* queries_;
   const OneShotOutput* output_ = nullptr;
   void* workspace_;
-  cuda::Rows k_, v_;
+  cuda::Rows k_, v_;                // as they came
+  cuda::Rows stored_k_, stored_v_;  // as they are stored: the same, or in 8 bits
   int64_t first_position_;  // of row 0
   int64_t block_;           // 0: no attention
   Shape shape_;

@@ -58,6 +58,7 @@ void PromptRun::DescribeHeads(int32_t parity) {
       const HeadMemory& m = head_memory_[static_cast<size_t>(kv_head)];
       const cuda::Head& device = head(kv_head);
       admit_.push_back({.slab_key = device.key,
+                        .slab_scale = device.scale,
                         .slab_position = device.position,
                         .mean = device.mean,
                         .sum = device.sum,
@@ -78,6 +79,7 @@ void PromptRun::DescribeHeads(int32_t parity) {
     const plan::Setting& setting = plan(PlanOf(g)).plan.setting();
     span_heads_.push_back({.slab_key = device.key,
                            .slab_value = device.value,
+                           .slab_scale = device.scale,
                            .values = m.values[parity],
                            .previous = m.values[1 - parity],
                            .snapshots = m.snapshots[parity % shape_.parities],
@@ -94,8 +96,10 @@ void PromptRun::DescribeHeads(int32_t parity) {
       prefill_heads_.push_back(EarlyHead(input_.tokens));
       continue;
     }
-    prefill_heads_.push_back({.slab_key = device.key,
-                              .slab_value = device.value,
+    const int64_t copied = g * memory_.slab_rows * SizeOf(k_.dtype);
+    prefill_heads_.push_back({.slab_key = scaled() ? memory_.slab_keys + copied * cache_.config_.key_dim : device.key,
+                              .slab_value =
+                                  scaled() ? memory_.slab_values + copied * cache_.config_.value_dim : device.value,
                               .far_index = m.far_index[parity],
                               .far_bias = m.far_bias[parity],
                               .far_count = m.far_count[parity],

@@ -93,9 +93,11 @@ void PromptRun::DescribeCopies(int32_t g, int32_t listed, int32_t rows) {
   cuda::GatherHead& stage = stage_heads_[static_cast<size_t>(g)];
   stage = {.slab_key = device.key,
            .slab_value = device.value,
+           .slab_scale = device.scale,
            .slab_position = device.position,
            .key = m.stage_key,
            .value = m.stage_value,
+           .scale = m.stage_scale,
            .position = m.stage_position,
            .log_weight = nullptr,
            .index = m.stage_index,
@@ -107,6 +109,7 @@ void PromptRun::DescribeCopies(int32_t g, int32_t listed, int32_t rows) {
   gather = stage;
   gather.slab_key = m.stage_key;
   gather.slab_value = m.stage_value;
+  gather.slab_scale = m.stage_scale;
   gather.slab_position = m.stage_position;
   gather.index = m.index;
   gather.to = m.to;
@@ -115,6 +118,7 @@ void PromptRun::DescribeCopies(int32_t g, int32_t listed, int32_t rows) {
   gather.rows = rows;
   gather.key = device.key;
   gather.value = device.value;
+  gather.scale = device.scale;
   gather.position = device.position;
   if (in_place) return;
   gather.key = output_->k.At(g);
@@ -148,8 +152,8 @@ cuda::GatherArgs PromptRun::Copies(const cuda::GatherHead* heads, int32_t most, 
                         .value_stride = c.value_dim,
                         .position_stride = 1,
                         .log_weight_stride = 1,
-                        .k = k_,
-                        .v = v_,
+                        .k = stored_k_,
+                        .v = stored_v_,
                         .first_position = first_position_,
                         .rows = rows};
   if (output_ == nullptr || heads == memory_.stage_heads) return args;

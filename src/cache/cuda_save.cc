@@ -6,8 +6,11 @@
 #include "src/cache/cuda_cache.h"
 #include "src/cache/message.h"
 #include "src/core/arena.h"
+#include "src/cpu/kernels.h"
 
 namespace express::cache {
+
+static_assert(sizeof(cuda::RowScales) == sizeof(cpu::RowScales));
 
 // body(on the host, on the device, bytes) for each array of a head; counts apart.
 template <class Body>
@@ -17,6 +20,8 @@ Status CudaCache::ForEachArray(int32_t index, const HeadArrays& arrays, const Bo
   const auto key_dim = static_cast<size_t>(config_.key_dim), value_dim = static_cast<size_t>(config_.value_dim);
   EXPRESS_RETURN_IF_ERROR(body(arrays.key, head.key, capacity * key_dim * element));
   EXPRESS_RETURN_IF_ERROR(body(arrays.value, head.value, capacity * value_dim * element));
+  if (head.scale != nullptr)
+    EXPRESS_RETURN_IF_ERROR(body(arrays.scale, head.scale, capacity * sizeof(cuda::RowScales)));
   EXPRESS_RETURN_IF_ERROR(body(arrays.position, head.position, capacity * sizeof(int64_t)));
   if (head.protect == 0) return Status();
   const auto protect = static_cast<size_t>(head.protect);
@@ -34,6 +39,7 @@ void LayoutStaging(const Config& c, int64_t capacity, int64_t protect, Arena& ar
   const int64_t element = SizeOf(c.dtype);
   arrays->key = arena.Take<char>(capacity * c.key_dim * element);
   arrays->value = arena.Take<char>(capacity * c.value_dim * element);
+  arrays->scale = arena.Take<char>(capacity * cpu::ScaleBytes(c.dtype));
   arrays->position = arena.Take<int64_t>(capacity);
   arrays->mean = arena.Take<float>(c.key_dim);
   arrays->sum = arena.Take<float>(c.key_dim);

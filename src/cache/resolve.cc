@@ -54,9 +54,6 @@ Status CheckModel(const Config& c) {
     return Error(StatusCode::kInvalidArgument, "config.dtype: expected F32 (0), F16 (1), BF16 (2) or I8 (3), got ",
                  number);
   }
-  if (c.dtype == DType::kI8 && c.device_type == DeviceType::kCuda)
-    return Error(StatusCode::kUnsupported,
-                 "config.dtype: I8 (3) is stored on the CPU only; a cache on a CUDA device stores F32, F16 or BF16");
   if (c.device_type == DeviceType::kCuda) {
 #ifdef EXPRESS_WITH_CUDA
     return CheckCudaConfig(c);

@@ -82,6 +82,19 @@ class Scorer {
   struct alignas(2 * sizeof(T)) Two {
     T first, second;
   };
+  // Codes of a row in a tile: its scale lies behind them.
+  __device__ float ScaleOf(const char* row) const {
+    if constexpr (kScaled<T>)
+      return *reinterpret_cast<const float*>(row + args_.key_dim);
+    else
+      return 1;
+  }
+  __device__ static float Number(T x, float scale) {
+    if constexpr (kScaled<T>)
+      return scale * ToFloat(x);
+    else
+      return ToFloat(x);
+  }
   template <class X, int kCount>
   struct alignas(16) Pack16 {
     X x[kCount];
@@ -130,6 +143,10 @@ class Scorer {
     const auto rows = static_cast<int32_t>(end - begin);
     const uint32_t tile = SharedAddress(Tile(buffer));
     const int64_t i = begin - args_.first;
+    if constexpr (kScaled<T>)
+      for (int32_t row = thread_; row < rows; row += kThreads)
+        *reinterpret_cast<float*>(Tile(buffer) + row * shape_.stride + args_.key_dim) =
+            Scale(DepartureIndex(args_, head_, i + row));
     if (i >= args_.source_count) {
       const char* first = Key(args_.first_row + i - args_.source_count);
       const int64_t stride = args_.k.row_stride * static_cast<int64_t>(sizeof(T));
@@ -157,6 +174,11 @@ class Scorer {
     return reinterpret_cast<const char*>(key);
   }
 
+  __device__ float Scale(int64_t index) const {
+    return FromScale(index < 0 ? head_.slab_scale[-1 - index].key
+                               : args_.k.scale[head_.kv_head * args_.k.scale_stride + index].key);
+  }
+
   // One addition per key and dimension, in the order of departure.
   __device__ void Add(const char* tile, int32_t count) const {
     for (int32_t d = 2 * thread_; d < args_.key_dim; d += 2 * kSummers) {
@@ -165,8 +187,9 @@ class Scorer {
 #pragma unroll 16
       for (int32_t j = 0; j < count; ++j) {
         const Two two = *reinterpret_cast<const Two*>(at + j * shape_.stride);
-        first = __fadd_rn(first, ToFloat(two.first));
-        second = __fadd_rn(second, ToFloat(two.second));
+        const float scale = ScaleOf(tile + j * shape_.stride);
+        first = __fadd_rn(first, Number(two.first, scale));
+        second = __fadd_rn(second, Number(two.second, scale));
       }
       sum_[d] = first;
       sum_[d + 1] = second;
@@ -178,6 +201,7 @@ class Scorer {
   __device__ void ScoreOne(int64_t i, const char* key) const {
     constexpr int kPiece = 16 / sizeof(T);
     float score = 0;
+    const float scale = ScaleOf(key);
 #pragma unroll 4
     for (int32_t p = 0; p < pieces_; ++p) {
       const auto x = *reinterpret_cast<const Pack16<T, kPiece>*>(key + p * 16);
@@ -186,7 +210,7 @@ class Scorer {
       for (int j = 0; j < kPiece; ++j) {
         const float4& four = mean.x[j / 4];
         const float centre = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
-        const float centred = __fsub_rn(ToFloat(x.x[j]), centre);
+        const float centred = __fsub_rn(Number(x.x[j], scale), centre);
         score = __fadd_rn(score, __fmul_rn(centred, centred));
       }
     }
@@ -243,7 +267,7 @@ void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_he
 }
 
 void Admit(const AdmitArgs& args, cudaStream_t stream) {
-  if (args.count > 0) WithType(args.dtype, [&](auto type) { LaunchScores<decltype(type)>(args, stream); });
+  if (args.count > 0) WithStorage(args.dtype, [&](auto type) { LaunchScores<decltype(type)>(args, stream); });
   AdmitSelect(args, stream);
 }
 

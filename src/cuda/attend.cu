@@ -1,4 +1,4 @@
-// Weighted decode attention over 16-bit slabs: the kernel, who takes which keys, and the launches.
+// Weighted decode attention over slabs of 16 and of 8 bits: the kernel, who takes which keys, and the launches.
 //
 // Work is cut into shares of about as many keys each, one after the other over all heads of all caches; a cluster of blocks
 // takes a share (one block where there are no clusters, and where heads are many). Each warp has its own way through the
@@ -12,6 +12,7 @@
 #include <algorithm>
 
 #include "src/cuda/attend.cuh"
+#include "src/cuda/attend_codes.cuh"
 #include "src/cuda/attend_merge.cuh"
 #include "src/cuda/attend_tile.cuh"
 
@@ -20,9 +21,9 @@ namespace {
 
 // ---- the kernel ----
 
-template <int kKeyDim, int kValueDim>
+template <class Layout>
 constexpr int64_t StageBytes() {
-  return Tile<kKeyDim, kValueDim>::kBytes + 2 * kTile * static_cast<int64_t>(sizeof(float));
+  return Layout::kBytes + 2 * kTile * static_cast<int64_t>(sizeof(float));
 }
 
 __device__ __forceinline__ Share WholeHead(const AttendLaunch& launch, int32_t index) {
@@ -86,7 +87,7 @@ __device__ __forceinline__ void CutShare(const AttendLaunch& launch, int32_t ind
 // grid: shares clusters of any size.
 template <class T, int kKeyDim, int kValueDim, int kTiles>
 __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __grid_constant__ AttendLaunch launch) {
-  using Layout = Tile<kKeyDim, kValueDim>;
+  using Layout = typename Parts<T, kKeyDim, kValueDim, kTiles>::Layout;
   extern __shared__ __align__(
       128) char shared[];  // MergeMemory; (warps, stages) tiles; (warps, 2, stages, 16) log weights
   auto& memory = *reinterpret_cast<MergeMemory<kValueDim>*>(shared);
@@ -124,6 +125,7 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
         const int keys = walk.Keys();
         Layout::Keys::Copy(to, walk.Key(), keys);
         Layout::Values::Copy(to + Layout::Keys::kBytes, walk.Value(), keys);
+        if constexpr (kScaled<T>) Layout::CopyScales(to, walk.Scales(), keys);
       }
       walk.CopyWeights(weights + ((1 - weights_half) * stages + stage) * kTile, stages);
       walk.Advance();
@@ -132,7 +134,7 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
   };
   for (; stage < stages; ++stage) fetch(0);
   stage = 0;
-  WarpState<T, kKeyDim, kValueDim, kTiles> state;
+  typename Parts<T, kKeyDim, kValueDim, kTiles>::State state;
   int32_t capacity = share.capacity;
   if (!walk.Has(share.head)) {  // more shares than there is to share
     if (blocks > 1) ClusterWait();
@@ -204,7 +206,7 @@ struct Choice {
 };
 // What costs least.
 Choice Choose(const AttendArgs& args, const Work& work, const AttendMachine& machine) {
-  const double unit_bytes = static_cast<double>(kShareKeys) * (args.key_dim + args.value_dim) * 2;
+  const double unit_bytes = static_cast<double>(kShareKeys) * (args.key_dim + args.value_dim) * SizeOf(args.dtype);
   const double total = static_cast<double>(work.units) * unit_bytes;
   const double memory = total / (kMemoryRate * machine.multiprocessors);
   Choice best;
@@ -314,7 +316,7 @@ template <class T, int kKeyDim, int kValueDim, int kTiles>
 struct Kernel {
   static constexpr auto* kFunction = AttendKernel<T, kKeyDim, kValueDim, kTiles>;
   using Merge = MergeMemory<kValueDim>;
-  static constexpr int64_t kStage = StageBytes<kKeyDim, kValueDim>();
+  static constexpr int64_t kStage = StageBytes<typename Parts<T, kKeyDim, kValueDim, kTiles>::Layout>();
 
   static cudaError_t Prepare(const AttendMachine& machine) {
     int device = 0, bytes = 0;
@@ -349,8 +351,12 @@ struct Kernel {
 // body(kernel) with the kernel for these types, dims and rows.
 template <class T, int kKeyDim, int kValueDim, class Body>
 auto WithRows(int32_t rows, const Body& body) {
-  if (rows <= kQueries) return body(Kernel<T, kKeyDim, kValueDim, 1>());
-  return body(Kernel<T, kKeyDim, kValueDim, 2>());
+  if constexpr (kScaled<T>) {  // more rows are taken one after the other: fewer kernels
+    return body(Kernel<T, kKeyDim, kValueDim, 1>());
+  } else {
+    if (rows <= kQueries) return body(Kernel<T, kKeyDim, kValueDim, 1>());
+    return body(Kernel<T, kKeyDim, kValueDim, 2>());
+  }
 }
 template <class T, class Body>
 auto WithDims(int32_t key_dim, int32_t value_dim, int32_t rows, const Body& body) {
@@ -372,6 +378,7 @@ auto WithDims(int32_t key_dim, int32_t value_dim, int32_t rows, const Body& body
 }
 template <class Body>
 auto WithKernel(DType dtype, int32_t key_dim, int32_t value_dim, int32_t rows, const Body& body) {
+  if (dtype == DType::kI8) return WithDims<Int8>(key_dim, value_dim, rows, body);
   if (dtype == DType::kF16) return WithDims<Half>(key_dim, value_dim, rows, body);
   return WithDims<BFloat16>(key_dim, value_dim, rows, body);
 }
@@ -455,7 +462,7 @@ void Attend(const AttendArgs& args, const Head* const* described, const AttendMa
   launch.args = args;
   const int32_t rows = args.tokens * args.group;
   const bool plain = args.dtype == DType::kF32;
-  const int32_t at_once = plain ? kPlainRows : kPartialRows;
+  const int32_t at_once = plain ? kPlainRows : args.dtype == DType::kI8 ? kQueries : kPartialRows;
   int32_t shares = 0;
   Choice choice;
   if (!plain) {

@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "express/types.h"
 
@@ -39,6 +40,66 @@ __device__ __forceinline__ float ToFloat(BFloat16 x) { return __bfloat162float(x
 __device__ __forceinline__ void FromFloat(float x, float* to) { *to = x; }
 __device__ __forceinline__ void FromFloat(float x, Half* to) { *to = __float2half_rn(x); }
 __device__ __forceinline__ void FromFloat(float x, BFloat16* to) { *to = __float2bfloat16_rn(x); }
+
+// ---- 8-bit storage: what src/cpu/kernels.h says of it ----
+
+struct Int8 {
+  int8_t code;
+};
+// A row of codes; a number is scale * code, exactly, in f32.
+struct CodeRow {
+  const int8_t* code;
+  float scale;
+  __device__ __forceinline__ float operator[](int32_t i) const { return scale * static_cast<float>(code[i]); }
+};
+template <class T>
+inline constexpr bool kScaled = std::is_same_v<T, Int8>;
+// A row of the storage type T, and the type in which its numbers are without rounding.
+template <class T>
+using RowOf = std::conditional_t<kScaled<T>, CodeRow, const T*>;
+template <class T>
+using NumberOf = std::conditional_t<kScaled<T>, float, T>;
+
+__device__ __forceinline__ float ToFloat(Int8 x) { return static_cast<float>(x.code); }  // not scaled
+__device__ __forceinline__ float FromScale(uint16_t bits) { return __uint_as_float(uint32_t{bits} << 16); }
+// The scale of a row whose largest magnitude this is: rounded up, of zeros 0, of what is not finite NaN.
+__device__ __forceinline__ uint16_t ScaleFor(float largest, bool finite) {
+  if (!finite) return 0x7FC0;
+  if (largest == 0) return 0;
+  const float scale = fmaxf(__fdiv_rn(largest, 127.0f), __uint_as_float(0x00800000u));
+  return static_cast<uint16_t>((__float_as_uint(scale) + 0xFFFFu) >> 16);
+}
+__device__ __forceinline__ int8_t CodeFor(float x, uint16_t scale) {
+  if (scale == 0 || scale == 0x7FC0) return 0;
+  return static_cast<int8_t>(__float2int_rn(__fdiv_rn(x, FromScale(scale))));
+}
+// body(T()) with the type that slabs have.
+template <class Body>
+auto WithStorage(DType dtype, const Body& body) {
+  return dtype == DType::kI8 ? body(Int8()) : WithType(dtype, body);
+}
+
+// Element i of a caller's tensor.
+__device__ __forceinline__ float LoadAs(const void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kF16:
+      return ToFloat(static_cast<const Half*>(data)[i]);
+    case DType::kBF16:
+      return ToFloat(static_cast<const BFloat16*>(data)[i]);
+    default:
+      return static_cast<const float*>(data)[i];
+  }
+}
+__device__ __forceinline__ void StoreAs(float x, void* data, DType dtype, int64_t i) {
+  switch (dtype) {
+    case DType::kF16:
+      return FromFloat(x, static_cast<Half*>(data) + i);
+    case DType::kBF16:
+      return FromFloat(x, static_cast<BFloat16*>(data) + i);
+    default:
+      return FromFloat(x, static_cast<float*>(data) + i);
+  }
+}
 
 // Two floats rounded into one 32-bit register, `low` in the low half.
 template <class T>

@@ -20,17 +20,6 @@ __device__ int64_t Long(const int32_t* words) {
                               (static_cast<uint64_t>(static_cast<uint32_t>(words[1])) << 32));
 }
 
-__device__ float LoadAs(const void* data, DType dtype, int64_t i) {
-  switch (dtype) {
-    case DType::kF16:
-      return ToFloat(static_cast<const Half*>(data)[i]);
-    case DType::kBF16:
-      return ToFloat(static_cast<const BFloat16*>(data)[i]);
-    default:
-      return static_cast<const float*>(data)[i];
-  }
-}
-
 // One head at work. Every function is called by all threads of the block and ends with a barrier. kPart: what of the
 // records whose halvings may run ahead; a kernel of the rest has no halving in it and needs fewer registers.
 template <class T, Part kPart>
@@ -45,6 +34,25 @@ struct Worker {
 
   __device__ T* Key(int32_t slot) const { return static_cast<T*>(head.key) + int64_t{slot} * args.key_dim; }
   __device__ T* Value(int32_t slot) const { return static_cast<T*>(head.value) + int64_t{slot} * args.value_dim; }
+  // The same to be read, as numbers.
+  __device__ RowOf<T> KeyRow(int32_t slot) const {
+    if constexpr (kScaled<T>)
+      return {&Key(slot)->code, FromScale(head.scale[slot].key)};
+    else
+      return Key(slot);
+  }
+  __device__ RowOf<T> ValueRow(int32_t slot) const {
+    if constexpr (kScaled<T>)
+      return {&Value(slot)->code, FromScale(head.scale[slot].value)};
+    else
+      return Value(slot);
+  }
+  __device__ static float At(const RowOf<T>& row, int32_t i) {
+    if constexpr (kScaled<T>)
+      return row[i];
+    else
+      return ToFloat(row[i]);
+  }
 
   // Rows are whole 16-byte pieces; `lane` of `lanes` threads.
   template <bool kSwap>
@@ -65,12 +73,45 @@ struct Worker {
       const int64_t position = head.position[from];
       if (kSwap) head.position[from] = head.position[to];
       head.position[to] = position;
+      if constexpr (kScaled<T>) {
+        const RowScales scale = head.scale[from];
+        if (kSwap) head.scale[from] = head.scale[to];
+        head.scale[to] = scale;
+      }
     }
   }
 
+  // Codes of a row of `dim` elements; all threads know the scale.
+  __device__ uint16_t WriteCodes(const char* from, DType dtype, int32_t dim, int8_t* to) const {
+    float largest = 0;
+    bool finite = true;
+    for (int32_t i = thread; i < dim; i += kThreads) {
+      const float x = LoadAs(from, dtype, i);
+      largest = fmaxf(largest, fabsf(x));
+      finite = finite && isfinite(x);
+    }
+    largest = WarpReduce(finite ? largest : std::numeric_limits<float>::infinity(),
+                         [](float a, float b) { return fmaxf(a, b); });
+    if (thread % kWarp == 0) reduced[thread / kWarp] = largest;
+    __syncthreads();
+    largest = 0;
+    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, reduced[w]);
+    const uint16_t scale = ScaleFor(largest, isfinite(largest));
+    for (int32_t i = thread; i < dim; i += kThreads) to[i] = CodeFor(LoadAs(from, dtype, i), scale);
+    __syncthreads();  // `reduced` is free again
+    return scale;
+  }
+
   __device__ void Write(const char* k, const char* v, int64_t position, int32_t slot) const {
-    for (int32_t i = thread; i < args.key_dim; i += kThreads) FromFloat(LoadAs(k, args.k.dtype, i), Key(slot) + i);
-    for (int32_t i = thread; i < args.value_dim; i += kThreads) FromFloat(LoadAs(v, args.v.dtype, i), Value(slot) + i);
+    if constexpr (kScaled<T>) {
+      const uint16_t key = WriteCodes(k, args.k.dtype, args.key_dim, &Key(slot)->code),
+                     value = WriteCodes(v, args.v.dtype, args.value_dim, &Value(slot)->code);
+      if (thread == 0) head.scale[slot] = {key, value};
+    } else {
+      for (int32_t i = thread; i < args.key_dim; i += kThreads) FromFloat(LoadAs(k, args.k.dtype, i), Key(slot) + i);
+      for (int32_t i = thread; i < args.value_dim; i += kThreads)
+        FromFloat(LoadAs(v, args.v.dtype, i), Value(slot) + i);
+    }
     if (thread == 0) {
       head.position[slot] = position;
       if (head.leader) head.log_weight[slot] = 0;
@@ -83,7 +124,7 @@ struct Worker {
   __device__ void Centre(const int32_t* slots, int32_t count) const {
     for (int32_t d = thread; d < args.key_dim; d += kThreads) {
       float sum = 0;
-      for (int32_t i = 0; i < count; ++i) sum = __fadd_rn(sum, ToFloat(Key(slots[i])[d]));
+      for (int32_t i = 0; i < count; ++i) sum = __fadd_rn(sum, At(KeyRow(slots[i]), d));
       head.mean[d] = __fdiv_rn(sum, static_cast<float>(count));
     }
     __syncthreads();
@@ -133,7 +174,7 @@ struct Worker {
         head.mean[d] = __fdiv_rn(head.sum[d], static_cast<float>(kRun));
         head.sum[d] = 0;
       }
-      const float x = ToFloat(Key(slot)[d]), centred = __fsub_rn(x, head.mean[d]);
+      const float x = At(KeyRow(slot), d), centred = __fsub_rn(x, head.mean[d]);
       head.sum[d] = __fadd_rn(head.sum[d], x);
       row[d] = __fmul_rn(centred, centred);
     }
@@ -203,14 +244,14 @@ struct Worker {
   struct RowsOf {
     const Worker& worker;
     const int32_t* slots;
-    __device__ const T* Key(int32_t i) const { return worker.Key(slots[i]); }
-    __device__ const T* Value(int32_t i) const { return worker.Value(slots[i]); }
+    __device__ RowOf<T> Key(int32_t i) const { return worker.KeyRow(slots[i]); }
+    __device__ RowOf<T> Value(int32_t i) const { return worker.ValueRow(slots[i]); }
   };
 
   __device__ void Halve(int64_t number, float log_weight, const int32_t* slots, int32_t count) const {
     auto* keep = reinterpret_cast<uint8_t*>(head.halve_scratch);
     char* scratch = head.halve_scratch + (count / 2 + 255) / 256 * 256;
-    HalveList<T, kThreads>(RowsOf{*this, slots}, count, args.key_dim, args.value_dim, args.halve, head.stream,
+    HalveList<NumberOf<T>, kThreads>(RowsOf{*this, slots}, count, args.key_dim, args.value_dim, args.halve, head.stream,
                            static_cast<uint64_t>(number), scratch, shared, keep);
     for (int32_t a = thread / kWarp; a < count / 2; a += kWarps)
       if (keep[a] != 0) MoveEntry<false>(slots[2 * a + 1], slots[2 * a], thread % kWarp, kWarp);
@@ -393,9 +434,9 @@ size_t HalveScratch(int32_t longest_list) {
 
 void Execute(const ExecuteArgs& args, cudaStream_t stream) {
   const dim3 grid(static_cast<uint32_t>(args.layers * args.kv_heads), static_cast<uint32_t>(args.caches));
-  WithType(args.dtype, [&](auto type) {
+  WithStorage(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const size_t shared = HalveSharedBytes<T>(args.key_dim, args.value_dim);
+    const size_t shared = HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim);
     cudaLaunchAttribute early = LaunchEarly();
     const cudaLaunchConfig_t config{.gridDim = grid,
                                     .blockDim = dim3(kThreads),

@@ -18,6 +18,8 @@
 #ifndef EXPRESS_SRC_CUDA_HALVE_CUH_
 #define EXPRESS_SRC_CUDA_HALVE_CUH_
 
+#include <utility>
+
 #include "src/cuda/halve_tiles.cuh"
 
 namespace express::cuda {
@@ -42,6 +44,7 @@ template <class T, int kThreads, int32_t kMostCount, class RowsOf>
 struct List {
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kTriangleStride = Sizes<kMostCount>::kTriangleStride;
+  using Row = decltype(std::declval<const RowsOf&>().Key(0));  // const T*, or what T is loaded from
 
   const RowsOf& rows;
   const int32_t count, pairs, key_dim, value_dim;
@@ -85,7 +88,7 @@ struct List {
   struct Piece {
     Raw<T> x, y;
   };
-  __device__ __forceinline__ static Piece LoadPiece(const T* row_x, const T* row_y, int32_t at, int32_t dim) {
+  __device__ __forceinline__ static Piece LoadPiece(const Row& row_x, const Row& row_y, int32_t at, int32_t dim) {
     return {LoadRaw(row_x, at, dim), LoadRaw(row_y, at, dim)};
   }
   __device__ __forceinline__ static void SumPiece(const Piece& piece, int32_t at, int32_t dim, const Adjust& adjust,
@@ -125,8 +128,8 @@ struct List {
     largest[0] = largest[1] = largest[2] = 0;
     for (int32_t first = 0; first < pairs; first += kGroups) {
       const int32_t a = first + Thread<kThreads>() / kRowLanes, from = min(a, pairs - 1);
-      const T *const key_x = rows.Key(2 * from), *const key_y = rows.Key(2 * from + 1);
-      const T *const value_x = rows.Value(2 * from), *const value_y = rows.Value(2 * from + 1);
+      const Row key_x = rows.Key(2 * from), key_y = rows.Key(2 * from + 1);
+      const Row value_x = rows.Value(2 * from), value_y = rows.Value(2 * from + 1);
       RowSums k{}, v{};
       const int32_t step = kRowLanes * kElements;
       for (int32_t at = lane % kRowLanes * kElements; at < max(key_dim, value_dim); at += 2 * step) {
@@ -244,8 +247,8 @@ struct List {
 
   // ---- products of a block ----
 
-  __device__ __forceinline__ const T* KeyRow(int32_t i) const { return rows.Key(min(i, count - 1)); }
-  __device__ __forceinline__ const T* ValueRow(int32_t i) const { return rows.Value(min(i, count - 1)); }
+  __device__ __forceinline__ Row KeyRow(int32_t i) const { return rows.Key(min(i, count - 1)); }
+  __device__ __forceinline__ Row ValueRow(int32_t i) const { return rows.Value(min(i, count - 1)); }
 
   // Brings the block that begins at pair `first` into shared memory; `at` of `warps` warps. Group 2 tile + i: rows i of
   // 8 pairs.
@@ -263,7 +266,7 @@ struct List {
     const Pair& p = pair[min(first + lane, pairs - 1)];
     s.own[lane] = {p.norm_x, p.norm_y};
   }
-  __device__ __forceinline__ void StageRow(const T* row, int32_t dim, const Adjust& adjust, int32_t offset,
+  __device__ __forceinline__ void StageRow(const Row& row, int32_t dim, const Adjust& adjust, int32_t offset,
                                            uint4* to) const {
 #pragma unroll 4
     for (int32_t chunk = 0; chunk < Chunks(dim); ++chunk) {
@@ -285,14 +288,14 @@ struct List {
   }
 
   // This lane's rows of the tile of pairs that begins at pair `first`, as B: rows g and g + 8. As A: x and y of a pair.
-  __device__ __forceinline__ TwoRows<T> KeysOf(int32_t first) const {
+  __device__ __forceinline__ TwoRows<Row> KeysOf(int32_t first) const {
     return {{KeyRow(2 * first + lane / 4), KeyRow(2 * first + kPairsOfTile + lane / 4)}};
   }
-  __device__ __forceinline__ TwoRows<T> ValuesOf(int32_t first) const {
+  __device__ __forceinline__ TwoRows<Row> ValuesOf(int32_t first) const {
     return {{ValueRow(2 * first + lane / 4), ValueRow(2 * first + kPairsOfTile + lane / 4)}};
   }
-  __device__ __forceinline__ TwoRows<T> KeyPair(int32_t a) const { return {{KeyRow(2 * a), KeyRow(2 * a + 1)}}; }
-  __device__ __forceinline__ TwoRows<T> ValuePair(int32_t a) const { return {{ValueRow(2 * a), ValueRow(2 * a + 1)}}; }
+  __device__ __forceinline__ TwoRows<Row> KeyPair(int32_t a) const { return {{KeyRow(2 * a), KeyRow(2 * a + 1)}}; }
+  __device__ __forceinline__ TwoRows<Row> ValuePair(int32_t a) const { return {{ValueRow(2 * a), ValueRow(2 * a + 1)}}; }
 
   // parts[p][a]: the sum of sign_b D_ab over the earlier tiles p, p + kParts, ...
   template <int kTiles>
@@ -305,12 +308,12 @@ struct List {
     for (int part = warp; part < kParts; part += kWarps) {
       float sums[kTiles] = {};
       int32_t column = part * kPairsOfTile;
-      TwoRows<T> key_rows = KeysOf(column);
+      TwoRows<Row> key_rows = KeysOf(column);
       Columns next;
       if (column < first) LoadGroup(key_rows, 0, key_dim, next);
       for (; column < first; column += kStride) {
         float k[kTiles][2][4] = {}, v[kTiles][2][4] = {};
-        const TwoRows<T> value_rows = ValuesOf(column);
+        const TwoRows<Row> value_rows = ValuesOf(column);
         for (int32_t at = 0; at < key_dim; at += kDims) {
           Columns now = next;
           const bool more = at + kDims < key_dim;
@@ -347,7 +350,7 @@ struct List {
   }
 
   // c += products of one tile with another, from the rows themselves.
-  __device__ __forceinline__ static void RowProducts(const TwoRows<T>& a, const TwoRows<T>& b, int32_t dim,
+  __device__ __forceinline__ static void RowProducts(const TwoRows<Row>& a, const TwoRows<Row>& b, int32_t dim,
                                                      const Adjust& adjust, float (&c)[1][2][4]) {
     // All at once: here it is latency that counts. Where other warps have other lists, it is registers.
     using Loaded = Group<T, sizeof(T) == 4 || kWarps == 1 ? 2 : 4>;
@@ -523,7 +526,7 @@ __host__ __device__ constexpr size_t HalveSharedBytes(int32_t key_dim, int32_t v
 inline constexpr int32_t kWarpList = 2 * halve::kPairsOfTile;
 __host__ __device__ constexpr size_t HalveWarpBytes(int32_t key_dim) { return halve::FixedBytes<kWarpList>(key_dim); }
 
-// rows.Key(i) and rows.Value(i): const T* to row i of the list, i < count, 16-byte aligned.
+// rows.Key(i) and rows.Value(i): const T* to row i of the list, i < count, 16-byte aligned; or, where T is float, a CodeRow.
 // keep: (count / 2) bytes in shared or global memory: 1 where y = row 2a + 1 survives, the final complement included.
 // scratch: global memory of this block's own, HalveScratchBytes(max count), 16-byte aligned.
 // shared: HalveSharedBytes<T>(key_dim, value_dim, max count), 16-byte aligned.

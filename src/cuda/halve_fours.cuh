@@ -64,8 +64,8 @@ struct FourLists : List<T, kWarp, kWarpList, RowsOf> {
     return true;
   }
   __device__ __forceinline__ void MeasurePair(int32_t a, RowSums& k, RowSums& v) const {
-    const T *const key_x = this->rows.Key(2 * a), *const key_y = this->rows.Key(2 * a + 1);
-    const T *const value_x = this->rows.Value(2 * a), *const value_y = this->rows.Value(2 * a + 1);
+    const typename Base::Row key_x = this->rows.Key(2 * a), key_y = this->rows.Key(2 * a + 1);
+    const typename Base::Row value_x = this->rows.Value(2 * a), value_y = this->rows.Value(2 * a + 1);
     constexpr int32_t step = kRowLanes * kElements;
     for (int32_t at = this->lane % kRowLanes * kElements; at < max(this->key_dim, this->value_dim); at += 2 * step) {
       Piece keys[2], values[2];

@@ -118,6 +118,19 @@ __device__ __forceinline__ Raw<T> LoadRaw(const T* row, int32_t at, int32_t dim)
   return raw;
 }
 
+// The numbers of a row of codes.
+__device__ __forceinline__ Raw<float> LoadRaw(const CodeRow& row, int32_t at, int32_t dim) {
+  Raw<float> raw{};
+  if (at >= dim) return raw;
+  const uint2 codes = *reinterpret_cast<const uint2*>(row.code + at);
+  const auto number = [&](uint32_t word, int i) {
+    return __float_as_uint(row.scale * static_cast<float>(static_cast<int8_t>(word >> (8 * i))));
+  };
+  raw.part[0] = make_uint4(number(codes.x, 0), number(codes.x, 1), number(codes.x, 2), number(codes.x, 3));
+  raw.part[1] = make_uint4(number(codes.y, 0), number(codes.y, 1), number(codes.y, 2), number(codes.y, 3));
+  return raw;
+}
+
 template <class T>
 __device__ __forceinline__ void Unpack(uint32_t word, float& low, float& high) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -234,12 +247,12 @@ __device__ __forceinline__ void MmaTiles(const Fragment<T> (&x)[kTiles], const F
 }
 
 // This lane's part of two rows of B, or of x and y of A, and of kChunks chunks of them.
-template <class T>
+template <class Row>
 struct TwoRows {
-  const T* row[2];
+  Row row[2];
 };
-template <class T>
-__device__ __forceinline__ TwoRows<T> Choose(bool first, const TwoRows<T>& a, const TwoRows<T>& b) {
+template <class Row>
+__device__ __forceinline__ TwoRows<Row> Choose(bool first, const TwoRows<Row>& a, const TwoRows<Row>& b) {
   return {{first ? a.row[0] : b.row[0], first ? a.row[1] : b.row[1]}};
 }
 template <class T, int kChunks>
@@ -247,8 +260,9 @@ struct Group {
   static constexpr int32_t kDims = kChunks * kChunk;
   Raw<T> raw[2][kChunks];
 };
-template <class T, int kChunks>
-__device__ __forceinline__ void LoadGroup(const TwoRows<T>& rows, int32_t at, int32_t dim, Group<T, kChunks>& group) {
+template <class T, class Row, int kChunks>
+__device__ __forceinline__ void LoadGroup(const TwoRows<Row>& rows, int32_t at, int32_t dim,
+                                          Group<T, kChunks>& group) {
   const int32_t offset = at + static_cast<int32_t>(threadIdx.x) % 4 * kElements;
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk)

@@ -2,7 +2,8 @@
 //
 // Raw device pointers and counts only: nothing here knows a plan, a cache or a status. Every launcher takes the stream,
 // enqueues and returns: no synchronisation, no allocation, capturable. Callers have checked every argument and read
-// cudaGetLastError afterwards. Storage is f32, f16 or bf16; sums and softmax are f32.
+// cudaGetLastError afterwards. Storage is f32, f16, bf16 or 8 bits (codes and scales, as src/cpu/kernels.h says); sums and softmax
+// are f32.
 #ifndef EXPRESS_SRC_CUDA_KERNELS_H_
 #define EXPRESS_SRC_CUDA_KERNELS_H_
 
@@ -16,6 +17,11 @@
 
 namespace express::cuda {
 
+// Of an entry in 8 bits, two bfloat16, as on the CPU: an element is scale * code.
+struct RowScales {
+  uint16_t key, value;
+};
+
 // What has been observed of one head (observe.cu): as Observed on the host, and where its stream stands.
 struct Seen {
   unsigned long long far, tokens;
@@ -28,6 +34,7 @@ struct Seen {
 struct Head {
   void* key;                 // (capacity, key_dim) of the storage type, rows without gaps, 256-byte aligned
   void* value;               // (capacity, value_dim)
+  RowScales* scale;          // (capacity): of 8-bit storage only, behind the values: value + capacity * value_dim
   int64_t* position;         // (capacity)
   float* log_weight;         // (capacity): -inf = free slot, whose key and value may be anything, NaN included
   float* mean;               // (key_dim): mu, the centre of the scores
@@ -51,6 +58,8 @@ struct Rows {
   void* data;
   int64_t row_stride, head_stride;  // elements
   DType dtype;
+  const RowScales* scale = nullptr;  // of rows in 8 bits: that of row i of KV head h is scale[h * scale_stride + i]
+  int64_t scale_stride = 0;
 };
 
 struct HalveParams {  // as on the CPU
@@ -260,8 +269,9 @@ struct SpanPlan {             // device memory
 inline constexpr int32_t kNoNode = -1;
 inline constexpr int32_t kUnknown = INT32_MIN;  // the value of a node before it is computed
 struct SpanHead {                               // device memory
-  const void* slab_key;                         // as in PrefillHead
+  const void* slab_key;                         // as in PrefillHead, of the storage type
   const void* slab_value;
+  const RowScales* slab_scale;
   int32_t* values;           // (nodes): of this span
   const int32_t* previous;   // (nodes): of the span before
   const int32_t* snapshots;  // (blocks, protect), as in AdmitHead
@@ -350,9 +360,11 @@ void SpanStoreCopies(const SpanStorePlan* plans, const SpanStoreHead* heads, con
 struct GatherHead {  // device memory
   const void* slab_key;
   const void* slab_value;
+  const RowScales* slab_scale;
   const int64_t* slab_position;
   void* key;  // where the copies go
   void* value;
+  RowScales* scale;      // where codes go, from rows of codes
   int64_t* position;     // or null
   float* log_weight;     // or null
   const int32_t* index;  // (count)
@@ -368,7 +380,7 @@ inline constexpr int32_t kSkip = INT32_MAX;
 struct GatherArgs {
   const GatherHead* heads;  // (head_count)
   int32_t head_count, most_count, key_dim, value_dim;
-  DType dtype;                       // of the slabs
+  DType dtype;                       // of the slabs, and of k and v
   DType key_dtype, value_dtype;      // of the copies
   int64_t key_stride, value_stride;  // of the copies' rows, elements
   int64_t position_stride, log_weight_stride;
@@ -380,6 +392,31 @@ void Gather(const GatherArgs& args, cudaStream_t stream);
 // The same for one head, described here: args.heads is not used.
 void GatherOne(const GatherHead& head, const GatherArgs& args, cudaStream_t stream);
 
+// ---- 8 bits (quantise.cu) ----
+
+// Rows [0, rows) of kv_heads heads of k and v, of any floating type, into codes: key (kv_heads, rows, key_dim) and value
+// (kv_heads, rows, value_dim), scale (kv_heads, rows). The codes and scales of the CPU, to the bit.
+struct QuantiseArgs {
+  Rows k, v;
+  int64_t rows;
+  int32_t kv_heads, key_dim, value_dim;
+  int8_t* key;
+  int8_t* value;
+  RowScales* scale;
+};
+void QuantiseRows(const QuantiseArgs& args, cudaStream_t stream);
+// The slabs of codes of heads [0, kv_heads), into copies of a floating type: head h's key at key + h * key_stride bytes, rows
+// without gaps, likewise value.
+struct DequantiseArgs {
+  const Head* heads;  // device memory
+  int32_t kv_heads, most_capacity, key_dim, value_dim;
+  DType dtype;  // of the copies
+  char* key;
+  char* value;
+  int64_t key_stride, value_stride;  // bytes
+};
+void DequantiseSlabs(const DequantiseArgs& args, cudaStream_t stream);
+
 // ---- causal attention of a prompt (prefill.cu for sm_80 and above, prefill_sm90.cu for Hopper) ----
 
 // Row t of the prompt is the token at position first_position + t. Positions are cut into blocks at multiples of
@@ -388,7 +425,7 @@ void GatherOne(const GatherHead& head, const GatherArgs& args, cudaStream_t stre
 // first_position, 0, block start), P being the block's first position. One launch covers blocks
 // [first_block, first_block + blocks) counted from the block that holds row 0 (it may begin before row 0).
 struct PrefillHead {     // one KV head; device memory
-  const void* slab_key;  // (capacity, key_dim): what far indices below zero refer to
+  const void* slab_key;  // (capacity, key_dim), of PrefillArgs::dtype: what far indices below zero refer to
   const void* slab_value;
   const int32_t* far_index;  // (blocks, far_capacity): j >= 0: row j of k and v; j < 0: slot -1 - j of the slab
   const float* far_bias;     // (blocks, far_capacity): exponent * log weight
@@ -421,6 +458,7 @@ void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multip
 // Indices mean what they mean in PrefillHead. What src/cpu/protect.cc does one by one, the same floats to the bit.
 struct AdmitHead {  // one KV head; device memory
   const void* slab_key;
+  const RowScales* slab_scale;
   const int64_t* slab_position;
   float* mean;  // state as in Head, brought up to date
   float* sum;

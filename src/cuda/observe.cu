@@ -39,17 +39,6 @@ struct Mass {
   }
 };
 
-__device__ float LoadQuery(const Rows& q, int64_t i) {
-  switch (q.dtype) {
-    case DType::kF16:
-      return ToFloat(static_cast<const Half*>(q.data)[i]);
-    case DType::kBF16:
-      return ToFloat(static_cast<const BFloat16*>(q.data)[i]);
-    default:
-      return static_cast<const float*>(q.data)[i];
-  }
-}
-
 // One block at work.
 template <class T>
 struct Watcher {
@@ -59,12 +48,13 @@ struct Watcher {
   Mass mass[kRowsOfLane];  // of rows lane, lane + 8
   const int lane = static_cast<int>(threadIdx.x % kLanes);
 
-  // Called by the eight threads of a key, all 32 of a warp at once; the key is none where valid is false.
-  __device__ void Take(const T* key, bool valid, float bias, bool is_far) {
-    constexpr int kPiece = 16 / static_cast<int>(sizeof(T));
+  // Called by the eight threads of a key, all 32 of a warp at once; the key is none where valid is false. scale: of codes.
+  __device__ void Take(const T* key, float scale, bool valid, float bias, bool is_far) {
+    using Load = std::conditional_t<kScaled<T>, uint2, uint4>;  // of codes all lanes have some
+    constexpr int kPiece = static_cast<int>(sizeof(Load) / sizeof(T));
     float dot[kMostRows] = {};
     for (int32_t piece = lane; valid && piece < args.key_dim / kPiece; piece += kLanes) {
-      const uint4 raw = reinterpret_cast<const uint4*>(key)[piece];
+      const Load raw = reinterpret_cast<const Load*>(key)[piece];
       const T* x = reinterpret_cast<const T*>(&raw);
 #pragma unroll
       for (int r = 0; r < kMostRows; ++r) {
@@ -80,7 +70,7 @@ struct Watcher {
 #pragma unroll
       for (int offset = 1; offset < kLanes; offset *= 2) dot[r] += __shfl_xor_sync(0xFFFFFFFFu, dot[r], offset);
       if (valid && r % kLanes == lane)
-        mass[r / kLanes].Add(fminf(fmaxf(dot[r], -kLargestLogit), kLargestLogit) + bias, is_far);
+        mass[r / kLanes].Add(fminf(fmaxf(dot[r] * scale, -kLargestLogit), kLargestLogit) + bias, is_far);
     }
   }
 
@@ -91,13 +81,18 @@ struct Watcher {
       const int32_t slot = begin + group;
       const float weight = slot < head.capacity ? head.log_weight[slot] : kMinusInfinity;
       const bool live = weight != kMinusInfinity;
-      Take(static_cast<const T*>(head.key) + int64_t{slot} * args.key_dim, live, args.exponent * weight,
+      float scale = 1;
+      if constexpr (kScaled<T>) scale = live ? FromScale(head.scale[slot].key) : 1.0f;
+      Take(static_cast<const T*>(head.key) + int64_t{slot} * args.key_dim, scale, live, args.exponent * weight,
            live && head.position[slot] <= last_far);
     }
     const T* k = static_cast<const T*>(args.k.data) + blockIdx.x * args.k.head_stride;
     for (int64_t begin = 0; begin < rows_of_k; begin += kGroups) {
       const int64_t row = begin + group;
-      Take(k + row * args.k.row_stride, row < rows_of_k, 0, args.first_position + row <= last_far);
+      float scale = 1;
+      if constexpr (kScaled<T>)
+        if (row < rows_of_k) scale = FromScale(args.k.scale[blockIdx.x * args.k.scale_stride + row].key);
+      Take(k + row * args.k.row_stride, scale, row < rows_of_k, 0, args.first_position + row <= last_far);
     }
   }
 };
@@ -125,7 +120,7 @@ __global__ __launch_bounds__(kThreads) void ObserveKernel(const __grid_constant_
     const int32_t row = first + i / args.key_dim;
     const int64_t at = cache.row * args.q_cache_stride + (token + row / args.group) * args.q.row_stride +
                        (blockIdx.x * args.group + row % args.group) * args.q.head_stride + i % args.key_dim;
-    q[i] = LoadQuery(args.q, at) * args.scale;
+    q[i] = LoadAs(args.q.data, args.q.dtype, at) * args.scale;
   }
   __syncthreads();
   Watcher<T> watcher{args, q, rows, {}};
@@ -168,7 +163,7 @@ void Observe(const ObserveArgs& args, cudaStream_t stream) {
   const int32_t rows = (args.prompt ? 1 : args.tokens) * args.group;
   const dim3 grid(static_cast<uint32_t>(args.kv_heads), static_cast<uint32_t>(args.items),
                   static_cast<uint32_t>(CeilDiv(rows, args.rows_at_once)));
-  WithType(args.dtype, [&](auto type) {
+  WithStorage(args.dtype, [&](auto type) {
     cudaLaunchAttribute early = LaunchEarly();
     const cudaLaunchConfig_t config{.gridDim = grid,
                                     .blockDim = dim3(kThreads),

@@ -66,12 +66,23 @@ __global__ void BeginKernel(const __grid_constant__ SpanArgs args, const SpanDep
   }
 }
 
-// Entry `index` of a head, wherever it lies.
-template <class T>
-__device__ __forceinline__ const T* EntryRow(const Rows& rows, int32_t kv_head, const void* slab, int32_t dim,
-                                             int32_t index) {
-  if (index < 0) return static_cast<const T*>(slab) + static_cast<int64_t>(-1 - index) * dim;
-  return static_cast<const T*>(rows.data) + index * rows.row_stride + kv_head * rows.head_stride;
+// The scales of entry `index` of a head.
+__device__ __forceinline__ RowScales EntryScales(const Rows& rows, int32_t kv_head, const RowScales* slab, int32_t index) {
+  return index < 0 ? slab[-1 - index] : rows.scale[kv_head * rows.scale_stride + index];
+}
+
+// Entry `index` of a head, wherever it lies: its key, or its value.
+template <class T, bool kKey>
+__device__ __forceinline__ RowOf<T> EntryRow(const Rows& rows, int32_t kv_head, const void* slab,
+                                             const RowScales* slab_scale, int32_t dim, int32_t index) {
+  const T* row = index < 0 ? static_cast<const T*>(slab) + static_cast<int64_t>(-1 - index) * dim
+                           : static_cast<const T*>(rows.data) + index * rows.row_stride + kv_head * rows.head_stride;
+  if constexpr (kScaled<T>) {
+    const RowScales scale = EntryScales(rows, kv_head, slab_scale, index);
+    return {&row->code, FromScale(kKey ? scale.key : scale.value)};
+  } else {
+    return row;
+  }
 }
 
 template <class T>
@@ -80,11 +91,11 @@ struct NodeRows {
   const SpanHead& head;
   const int32_t* nodes;
   int32_t kv_head;
-  __device__ const T* Key(int32_t i) const {
-    return EntryRow<T>(args.k, kv_head, head.slab_key, args.key_dim, head.values[nodes[i]]);
+  __device__ RowOf<T> Key(int32_t i) const {
+    return EntryRow<T, true>(args.k, kv_head, head.slab_key, head.slab_scale, args.key_dim, head.values[nodes[i]]);
   }
-  __device__ const T* Value(int32_t i) const {
-    return EntryRow<T>(args.v, kv_head, head.slab_value, args.value_dim, head.values[nodes[i]]);
+  __device__ RowOf<T> Value(int32_t i) const {
+    return EntryRow<T, false>(args.v, kv_head, head.slab_value, head.slab_scale, args.value_dim, head.values[nodes[i]]);
   }
 };
 
@@ -94,11 +105,11 @@ struct EntryRows {
   const SpanHead& head;
   const int32_t* entries;
   int32_t kv_head;
-  __device__ const T* Key(int32_t i) const {
-    return EntryRow<T>(args.k, kv_head, head.slab_key, args.key_dim, entries[i]);
+  __device__ RowOf<T> Key(int32_t i) const {
+    return EntryRow<T, true>(args.k, kv_head, head.slab_key, head.slab_scale, args.key_dim, entries[i]);
   }
-  __device__ const T* Value(int32_t i) const {
-    return EntryRow<T>(args.v, kv_head, head.slab_value, args.value_dim, entries[i]);
+  __device__ RowOf<T> Value(int32_t i) const {
+    return EntryRow<T, false>(args.v, kv_head, head.slab_value, head.slab_scale, args.value_dim, entries[i]);
   }
 };
 
@@ -161,7 +172,7 @@ struct GraphWorker {
     const SpanHalve& op = ops[min(list, count - 1)];
     bool done = false;
     const bool keep_y =
-        HalveFours<T>(rows, args.key_dim, args.value_dim, args.halve, head.stream, static_cast<uint64_t>(op.number),
+        HalveFours<NumberOf<T>>(rows, args.key_dim, args.value_dim, args.halve, head.stream, static_cast<uint64_t>(op.number),
                       shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), done);
     if (done && lane < 2 * count)
       StoreValue(head.values + op.out + lane % 2, entries[list * kFourEntries + lane % 2 * 2 + (keep_y ? 1 : 0)]);
@@ -176,7 +187,7 @@ struct GraphWorker {
     if (lane < op.count) entries[lane] = AwaitValue(head.values + args.list[op.begin + lane]);
     __syncwarp();
     const EntryRows<T> rows{args, head, entries, static_cast<int32_t>(&head - args.heads)};
-    HalveList<T, kWarp, kWarpList>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
+    HalveList<NumberOf<T>, kWarp, kWarpList>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
                                    static_cast<uint64_t>(op.number), nullptr,
                                    shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), keep);
     if (lane < op.count / 2) StoreValue(head.values + op.out + lane, entries[2 * lane + (keep[lane] != 0 ? 1 : 0)]);
@@ -188,7 +199,7 @@ struct GraphWorker {
       memory.entries[i] = AwaitValue(head.values + args.list[op.begin + i]);
     __syncthreads();
     const EntryRows<T> rows{args, head, memory.entries, static_cast<int32_t>(&head - args.heads)};
-    HalveList<T, kThreads, kSpanClasses[3]>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
+    HalveList<NumberOf<T>, kThreads, kSpanClasses[3]>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
                                             static_cast<uint64_t>(op.number), nullptr, shared, memory.keep);
     for (int32_t a = thread; a < op.count / 2; a += kThreads)
       StoreValue(head.values + op.out + a, memory.entries[2 * a + (memory.keep[a] != 0 ? 1 : 0)]);
@@ -200,7 +211,7 @@ struct GraphWorker {
     __syncthreads();
     const NodeRows<T> rows{args, head, nodes, static_cast<int32_t>(&head - args.heads)};
     uint8_t* keep = head.keep + op.begin / 2;
-    HalveList<T, kThreads>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
+    HalveList<NumberOf<T>, kThreads>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
                            static_cast<uint64_t>(op.number), head.halve_scratch + SpanScratch(op.begin), shared, keep);
     for (int32_t a = thread; a < op.count / 2; a += kThreads)
       StoreValue(head.values + op.out + a, head.values[nodes[2 * a + (keep[a] != 0 ? 1 : 0)]]);
@@ -320,6 +331,12 @@ __device__ void CopyRow(const From* from, To* to, int32_t dim, int lane) {
   }
 }
 
+// Codes go to codes as they are; anything else is converted.
+__device__ void CopyRowTo(const CodeRow& from, void* to, DType dtype, int64_t element, int32_t dim, int lane) {
+  if (dtype == DType::kI8)
+    return CopyRow(from.code, static_cast<int8_t*>(to) + element, dim, lane);
+  for (int32_t i = lane; i < dim; i += kWarp) StoreAs(from[i], to, dtype, element + i);
+}
 template <class From>
 __device__ void CopyRowTo(const From* from, void* to, DType dtype, int64_t element, int32_t dim, int lane) {
   switch (dtype) {
@@ -338,11 +355,13 @@ __device__ __forceinline__ int64_t EntryOfWarp() { return (int64_t{blockIdx.x} *
 template <class T>
 __device__ __forceinline__ void CopyEntry(const GatherArgs& args, const GatherHead& head, int32_t index, int64_t to) {
   const auto lane = static_cast<int>(threadIdx.x % kWarp);
-  CopyRowTo(EntryRow<T>(args.k, head.kv_head, head.slab_key, args.key_dim, index), head.key, args.key_dtype,
-            to * args.key_stride, args.key_dim, lane);
-  CopyRowTo(EntryRow<T>(args.v, head.kv_head, head.slab_value, args.value_dim, index), head.value, args.value_dtype,
-            to * args.value_stride, args.value_dim, lane);
+  CopyRowTo(EntryRow<T, true>(args.k, head.kv_head, head.slab_key, head.slab_scale, args.key_dim, index), head.key,
+            args.key_dtype, to * args.key_stride, args.key_dim, lane);
+  CopyRowTo(EntryRow<T, false>(args.v, head.kv_head, head.slab_value, head.slab_scale, args.value_dim, index),
+            head.value, args.value_dtype, to * args.value_stride, args.value_dim, lane);
   if (lane != 0) return;
+  if constexpr (kScaled<T>)
+    if (args.key_dtype == DType::kI8) head.scale[to] = EntryScales(args.k, head.kv_head, head.slab_scale, index);
   if (head.position != nullptr)
     head.position[to * args.position_stride] = index < 0 ? head.slab_position[-1 - index] : args.first_position + index;
   if (head.log_weight != nullptr) head.log_weight[to * args.log_weight_stride] = head.weights[to];
@@ -397,7 +416,7 @@ template <class T, bool kLong>
 void RunGraph(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream) {
   const int32_t longest = kLong ? INT32_MAX : kSpanClasses[3];
   const size_t shared =
-      std::max(kGraphWarps * HalveWarpBytes(args.key_dim), HalveSharedBytes<T>(args.key_dim, args.value_dim, longest));
+      std::max(kGraphWarps * HalveWarpBytes(args.key_dim), HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim, longest));
   const int64_t tickets =
       int64_t{graph.item_count} * args.most_heads + int64_t{graph.blocks - graph.first_block} * args.kv_heads;
   const int64_t blocks = std::min<int64_t>(tickets, int64_t{std::max(1, multiprocessors)} * (kLong ? 2 : 4));
@@ -407,7 +426,7 @@ void RunGraph(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocess
 }  // namespace
 
 void SpanRun(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream) {
-  WithType(args.dtype, [&](auto type) {
+  WithStorage(args.dtype, [&](auto type) {
     using T = decltype(type);
     if (graph.long_lists)
       RunGraph<T, true>(args, graph, multiprocessors, stream);
@@ -420,7 +439,7 @@ void SpanStoreCopies(const SpanStorePlan* plans, const SpanStoreHead* heads, con
                      cudaStream_t stream) {
   const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{copies.most_count} * kWarp, 256)),
                   static_cast<uint32_t>(copies.head_count));
-  WithType(copies.dtype,
+  WithStorage(copies.dtype,
            [&](auto type) { StoreCopiesKernel<decltype(type)><<<grid, 256, 0, stream>>>(plans, heads, copies); });
 }
 
@@ -428,13 +447,13 @@ void Gather(const GatherArgs& args, cudaStream_t stream) {
   if (args.most_count == 0) return;
   const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{args.most_count} * kWarp, 256)),
                   static_cast<uint32_t>(args.head_count));
-  WithType(args.dtype, [&](auto type) { GatherKernel<decltype(type)><<<grid, 256, 0, stream>>>(args); });
+  WithStorage(args.dtype, [&](auto type) { GatherKernel<decltype(type)><<<grid, 256, 0, stream>>>(args); });
 }
 
 void GatherOne(const GatherHead& head, const GatherArgs& args, cudaStream_t stream) {
   if (args.most_count == 0) return;
   const auto grid = static_cast<uint32_t>(CeilDiv(int64_t{args.most_count} * kWarp, 256));
-  WithType(args.dtype, [&](auto type) { GatherOneKernel<decltype(type)><<<grid, 256, 0, stream>>>(args, head); });
+  WithStorage(args.dtype, [&](auto type) { GatherOneKernel<decltype(type)><<<grid, 256, 0, stream>>>(args, head); });
 }
 
 }  // namespace express::cuda

@@ -114,10 +114,6 @@ TEST_F(Errors, ConfigFields) {
   ExpectConfig(bad, "scale", [](express_config& c) { c.scale = NAN; });
   ExpectConfig(bad, "dtype", [](express_config& c) { c.dtype = 99; });
   ExpectConfig(EXPRESS_STATUS_UNSUPPORTED, "dtype", [](express_config& c) { c.dtype = 4; });
-  ExpectConfig(EXPRESS_STATUS_UNSUPPORTED, "config.dtype: I8 (3) is stored on the CPU only", [](express_config& c) {
-    c.dtype = EXPRESS_DTYPE_I8;
-    c.device_type = EXPRESS_DEVICE_CUDA;
-  });
   // Dims of 8 and 4, or no device at all: tests/package/no_gpu.c has the status of each.
   ExpectConfig(bad, "device_type", [](express_config& c) { c.device_type = 3; });
   ExpectConfig(bad, "device_type", [](express_config& c) { c.device_type = 0; });

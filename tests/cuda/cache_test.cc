@@ -87,7 +87,7 @@ class CacheTest : public CudaTest {};
 TEST_F(CacheTest, AppendsAsTheCpuDoes) {
   std::mt19937 rng(1);
   int same = 0, all = 0;
-  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kI8})
     for (int variant = 0; variant < 6; ++variant) {
       const Config c = Variant(variant, dtype);
       Pair pair(c, stream_);
@@ -112,7 +112,7 @@ TEST_F(CacheTest, AppendsAsTheCpuDoes) {
 
 TEST_F(CacheTest, AttendsAsTheCpuDoes) {
   std::mt19937 rng(2);
-  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kI8})
     for (const int32_t dim : {64, 80, 96, 128, 192, 256})
       for (const int32_t group : {1, 4, 6, 16}) {
         Config c = SmallConfig(dtype);
@@ -161,7 +161,7 @@ TEST_F(CacheTest, AttendsAsTheCpuDoes) {
 TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
   std::mt19937 rng(3);
   int same = 0, all = 0;
-  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kI8})
     for (int variant = 0; variant < 7; ++variant) {
       Config c = Variant(variant, dtype);
       if (variant == 5) c.key_dim = c.value_dim = 128, c.prefill_block = 256;
@@ -212,7 +212,8 @@ TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
         const double error = RelativeError(out.Floats(), expected),
                      lse_error = RelativeError(lse.Floats(), expected_lse);
         // A near-tie decided otherwise changes what later queries see, a little.
-        const double tolerance = dtype == DType::kF32 ? 2e-3 : 2e-2;
+        // And in 8 bits the CPU sees the tokens before a block as they are stored, not as they came.
+        const double tolerance = dtype == DType::kF32 ? 2e-3 : dtype == DType::kI8 ? 4e-2 : 2e-2;
         EXPECT_LT(error, tolerance) << "variant " << variant << " layer " << layer;
         EXPECT_FALSE(std::isnan(error) || std::isnan(lse_error));
         EXPECT_LT(lse_error, 1e-2);
@@ -226,8 +227,8 @@ TEST_F(CacheTest, PrefillsAsTheCpuDoes) {
 TEST_F(CacheTest, AppendsGoOnAfterAPrefill) {
   std::mt19937 rng(4);
   int same = 0, all = 0;
-  for (int variant = 0; variant < 6; ++variant) {
-    const Config c = Variant(variant, DType::kBF16);
+  for (int variant = 0; variant < 12; ++variant) {
+    const Config c = Variant(variant % 6, variant < 6 ? DType::kBF16 : DType::kI8);
     Pair pair(c, stream_);
     constexpr int64_t kTokens = 1500;
     Mirror k({kTokens, c.kv_heads, c.key_dim}, c.dtype), v({kTokens, c.kv_heads, c.value_dim}, c.dtype);
@@ -262,8 +263,14 @@ TEST_F(CacheTest, AppendsGoOnAfterAPrefill) {
 TEST_F(CacheTest, CompressesAsTheCpuDoes) {
   std::mt19937 rng(5);
   int same = 0, all = 0;
-  for (const int64_t tokens : {1, 100, 5000, 40000}) {
-    Config c = SmallConfig(DType::kBF16);
+  for (const auto& [tokens, dtype] : {std::pair<int64_t, DType>{1, DType::kBF16},
+                                      {100, DType::kBF16},
+                                      {5000, DType::kBF16},
+                                      {40000, DType::kBF16},
+                                      {100, DType::kI8},
+                                      {5000, DType::kI8},
+                                      {40000, DType::kI8}}) {
+    Config c = SmallConfig(dtype);
     c.layers = 1;
     Config gpu = c;
     gpu.device_type = DeviceType::kCuda;
@@ -324,9 +331,11 @@ void Step(ExpressCache& cache, const Config& c, Mirror& k, Mirror& v, Mirror& q,
 }
 
 TEST_F(CacheTest, GraphReplayEqualsEagerCalls) {
-  for (const Schedule schedule : {Schedule::kBudget, Schedule::kRounds}) {
+  for (const auto& [schedule, dtype] : {std::pair{Schedule::kBudget, DType::kBF16},
+                                        {Schedule::kRounds, DType::kBF16},
+                                        {Schedule::kBudget, DType::kI8}}) {
     std::mt19937 rng(6);
-    Config c = SmallConfig(DType::kBF16);
+    Config c = SmallConfig(dtype);
     c.layers = 3;
     c.schedule = schedule;
     if (schedule == Schedule::kRounds) c.window = 24, c.protected_entries = 8;
@@ -407,9 +416,9 @@ TEST_F(CacheTest, GraphReplayEqualsEagerCalls) {
 
 TEST_F(CacheTest, SavedOnOneDeviceLoadedOnTheOther) {
   std::mt19937 rng(12);
-  for (int variant = 0; variant < 6; ++variant) {
+  for (int variant = 0; variant < 12; ++variant) {
     SCOPED_TRACE(variant);
-    const Config c = Variant(variant, DType::kBF16);
+    const Config c = Variant(variant % 6, variant < 6 ? DType::kBF16 : DType::kI8);
     constexpr int64_t kTokens = 900;
     Mirror k({kTokens, c.kv_heads, c.key_dim}, c.dtype), v({kTokens, c.kv_heads, c.value_dim}, c.dtype);
     k.Fill(rng);

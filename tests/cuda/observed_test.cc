@@ -54,7 +54,7 @@ struct Inputs {
                       0.3f * normal(rng));
       }
     Mirror& to = *q[static_cast<size_t>(layer)];
-    cpu::Convert(x.data(), DType::kF32, to.host(), config.dtype, to.count());
+    cpu::Convert(x.data(), DType::kF32, to.host(), to.dtype(), to.count());
     to.Upload();
   }
 };
@@ -142,9 +142,12 @@ class Fed {
         ASSERT_EQ(WeightSum(held), static_cast<double>(tokens));
         int64_t wrong = 0;
         const auto compare = [&](const std::vector<float>& got, const std::vector<float>& of, size_t i, int64_t dim) {
-          for (int64_t d = 0; d < dim; ++d)
-            wrong += got[i * static_cast<size_t>(dim) + static_cast<size_t>(d)] !=
-                     of[static_cast<size_t>((held.position[i] * config_.kv_heads + g) * dim + d)];
+          const float* stored = &got[i * static_cast<size_t>(dim)];
+          const float* token = &of[static_cast<size_t>((held.position[i] * config_.kv_heads + g) * dim)];
+          float largest = 0;
+          for (int64_t d = 0; d < dim; ++d) largest = std::max(largest, std::abs(token[d]));
+          const float step = config_.dtype == DType::kI8 ? largest / 254 * (1 + 1.0f / 128) : 0;
+          for (int64_t d = 0; d < dim; ++d) wrong += !(std::abs(stored[d] - token[d]) <= step);
         };
         for (size_t i = 0; i < held.position.size(); ++i) {
           compare(held.k, k, i, config_.key_dim);
@@ -187,7 +190,7 @@ class ObservedTest : public CudaTest {
 
 TEST_F(ObservedTest, MassesAsOnTheCpu) {
   double worst = 0;
-  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kI8})
     for (const int32_t dim : {64, 80, 128, 192, 256})
       for (const int32_t group : {1, 4, 20})
         for (const int64_t chunk : {1, 32, 1000}) {
@@ -207,8 +210,10 @@ TEST_F(ObservedTest, MassesAsOnTheCpu) {
             ASSERT_GE(a[h].tokens, 3u);
             const double x = static_cast<double>(a[h].far) / static_cast<double>(a[h].tokens) / cache::kFarUnit,
                          y = static_cast<double>(b[h].far) / static_cast<double>(b[h].tokens) / cache::kFarUnit;
-            worst = std::max(worst, std::abs(x - y) / x);
-            EXPECT_NEAR(x, y, 2e-4 * x) << "dim " << dim << " group " << group << " chunk " << chunk << " head " << h;
+            if (dtype != DType::kI8) worst = std::max(worst, std::abs(x - y) / x);
+            // Of a prompt in 8 bits the CPU sees the tokens of the block at hand as they came.
+            const double tolerance = dtype == DType::kI8 && chunk > 1 ? 5e-3 : 2e-4;
+            EXPECT_NEAR(x, y, tolerance * x) << "dim " << dim << " group " << group << " chunk " << chunk << " head " << h;
             EXPECT_GT(x, 0.001);
           }
         }
@@ -216,7 +221,7 @@ TEST_F(ObservedTest, MassesAsOnTheCpu) {
 }
 
 TEST_F(ObservedTest, BudgetsAsOnTheCpu) {
-  for (const DType dtype : {DType::kF32, DType::kBF16})
+  for (const DType dtype : {DType::kF32, DType::kBF16, DType::kI8})
     for (const int64_t chunk : {1, 16, 64}) {
       const Config c = ObservedConfig(dtype, 128);
       const Inputs inputs(c, 1100, 3);
@@ -243,7 +248,7 @@ TEST_F(ObservedTest, BudgetsAsOnTheCpu) {
 // From the same masses on both devices come the same budgets, and then the same entries, from settling to settling.
 TEST_F(ObservedTest, ContentsAsOnTheCpu) {
   int same = 0, all = 0;
-  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16})
+  for (const DType dtype : {DType::kF32, DType::kF16, DType::kBF16, DType::kI8})
     for (const int64_t mean : {48, 128, 320}) {
       Config c = ObservedConfig(dtype, mean);
       if (mean == 320) c.layers = 3, c.rollback_reserve = 8;
@@ -337,7 +342,7 @@ class Replay {
       const auto l = static_cast<size_t>(layer);
       const Mirror* from[] = {inputs_.q[l].get(), inputs_.k[l].get(), inputs_.v[l].get()};
       for (int i = 0; i < 3; ++i) {
-        const int64_t bytes = row(layer, i).count() * SizeOf(inputs_.config.dtype);
+        const int64_t bytes = row(layer, i).count() * SizeOf(row(layer, i).dtype());
         ASSERT_CUDA(cudaMemcpyAsync(row(layer, i).device(), static_cast<char*>(from[i]->device()) + t * bytes,
                                     static_cast<size_t>(bytes), cudaMemcpyDeviceToDevice, stream_));
       }
@@ -357,7 +362,7 @@ class Replay {
 // A graph captured before anything was settled, or after, is replayed across all settlings.
 TEST_F(ObservedTest, GraphsStayValid) {
   constexpr int64_t kTokens = 900;
-  for (const DType dtype : {DType::kBF16, DType::kF32})
+  for (const DType dtype : {DType::kBF16, DType::kF32, DType::kI8})
     for (const int64_t captured_at : {20, 300}) {
       const Config c = ObservedConfig(dtype, 128);
       const Inputs inputs(c, kTokens, 13);
@@ -450,7 +455,7 @@ TEST_F(ObservedTest, BatchesOfCachesOfAnyLength) {
   Mirror k({kCaches, c.kv_heads, c.key_dim}, c.dtype), v({kCaches, c.kv_heads, c.value_dim}, c.dtype);
   Mirror q({kCaches, c.query_heads, c.key_dim}, c.dtype), out({kCaches, c.query_heads, c.value_dim}, c.dtype);
   const auto gather = [&](Mirror& to, Mirror& from, int64_t step) {
-    const auto bytes = static_cast<size_t>(to.count() / static_cast<int64_t>(kCaches) * SizeOf(c.dtype));
+    const auto bytes = static_cast<size_t>(to.count() / static_cast<int64_t>(kCaches) * SizeOf(to.dtype()));
     for (size_t i = 0; i < kCaches; ++i)
       ASSERT_CUDA(cudaMemcpyAsync(
           static_cast<char*>(to.device()) + i * bytes,
@@ -482,9 +487,9 @@ TEST_F(ObservedTest, RandomCallsKeepWhatTheySay) {
     const auto pick = [&](int64_t low, int64_t high) {
       return low + static_cast<int64_t>(rng() % static_cast<unsigned>(high - low + 1));
     };
-    const DType types[] = {DType::kF32, DType::kF16, DType::kBF16};
+    const DType types[] = {DType::kF32, DType::kF16, DType::kBF16, DType::kI8};
     const int32_t dims[] = {64, 80, 128};
-    Config c = ObservedConfig(types[rng() % 3], pick(40, 260));
+    Config c = ObservedConfig(types[rng() % 4], pick(40, 260));
     c.layers = static_cast<int32_t>(pick(1, 3));
     c.kv_heads = static_cast<int32_t>(c.layers == 1 ? pick(2, 4) : pick(1, 4));
     c.query_heads = c.kv_heads * static_cast<int32_t>(pick(1, 5));

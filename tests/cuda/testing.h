@@ -39,13 +39,15 @@ class CudaTest : public testing::Test {
   cudaStream_t stream_ = nullptr;
 };
 
-// A tensor on the host and on the device, poisoned with NaN until it is set.
+// A tensor on the host and on the device, poisoned with NaN until it is set. No tensor has 8 bits: where a cache has them, these are
+// bf16.
 class Mirror {
  public:
-  Mirror(std::vector<int64_t> shape, DType dtype) : shape_(std::move(shape)), dtype_(dtype) {
+  Mirror(std::vector<int64_t> shape, DType dtype)
+      : shape_(std::move(shape)), dtype_(dtype == DType::kI8 ? DType::kBF16 : dtype) {
     count_ = 1;
     for (const int64_t size : shape_) count_ *= size;
-    host_.resize(static_cast<size_t>(count_ * SizeOf(dtype)) + 16);
+    host_.resize(static_cast<size_t>(count_ * SizeOf(dtype_)) + 16);
     std::memset(host_.data(), 0xFF, host_.size());
     EXPECT_EQ(cudaMalloc(&device_, host_.size()), cudaSuccess);
     Upload();
@@ -118,6 +120,7 @@ class Mirror {
   void* device() const { return device_; }
   void* host() { return host_.data(); }
   int64_t count() const { return count_; }
+  DType dtype() const { return dtype_; }
 
  private:
   std::vector<int64_t> shape_;
@@ -147,7 +150,8 @@ inline Held Export(const ExpressCache& cache, const Config& c, int32_t layer, in
   int64_t count = 0;
   EXPECT_OK(cache.Entries(layer, head, &count));
   const int64_t rows = std::max<int64_t>(count, 1);
-  Mirror k({rows, c.key_dim}, c.dtype), v({rows, c.value_dim}, c.dtype), w({rows}, DType::kF32), p({rows}, DType::kI64);
+  const DType type = c.dtype == DType::kI8 ? DType::kF32 : c.dtype;  // in which a code times its scale is exact
+  Mirror k({rows, c.key_dim}, type), v({rows, c.value_dim}, type), w({rows}, DType::kF32), p({rows}, DType::kI64);
   int64_t exported = 0;
   if (device == DeviceType::kCpu) {
     EXPECT_OK(cache.Export(layer, head, k.Cpu(), v.Cpu(), w.Cpu().get(), p.Cpu().get(), &exported));

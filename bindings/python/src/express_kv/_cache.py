@@ -52,7 +52,7 @@ class Cache:
     Keyword arguments are the fields of the C ABI's express_config; those not given have its defaults:
       layers (1), query_heads, kv_heads, key_dim, value_dim (= key_dim), scale (1 / sqrt(key_dim)),
       budget (1024): entries per KV head, or with budget_unit="bytes" bytes of the whole cache,
-      dtype of what is kept ("float32", "float16", "bfloat16"; on the CPU "int8": 8-bit codes and a scale for each key and value),
+      dtype of what is kept ("float32", "float16", "bfloat16", "int8": 8-bit codes and a scale for each key and value),
       device ("cpu", "cuda", "cuda:1"),
       sinks, window, protected_entries, rollback_reserve, head_share (a number per layer or per layer and KV head),
       head_settings (tuples of budget, sinks, window, protected_entries), head_budgets ("auto", "fixed", "observed"),

@@ -35,7 +35,7 @@ pub enum DType {
     F32,
     F16,
     Bf16,
-    /// Storage only, on the CPU: 8-bit codes, and a scale for each key and each value.
+    /// Storage only: 8-bit codes, and a scale for each key and each value.
     I8,
     /// Positions only.
     I64,
