@@ -73,6 +73,18 @@ __device__ __forceinline__ int8_t CodeFor(float x, uint16_t scale) {
   if (scale == 0 || scale == 0x7FC0) return 0;
   return static_cast<int8_t>(__float2int_rn(__fdiv_rn(x, FromScale(scale))));
 }
+// The bf16 of two codes: bytes 0 and 1 of a word, 2 and 3, 0 and 2, 1 and 3.
+enum CodePair : uint32_t { kFirstTwo = 0x4140, kLastTwo = 0x4342, kEven = 0x4240, kOdd = 0x4341 };
+template <CodePair kPair>
+__device__ __forceinline__ uint32_t CodesToBFloat16(uint32_t word) {
+  // With 0x43 above it, the low seven bits of a code make 128 + those; its sign makes 128, or 256 where it is set.
+  const uint32_t pair = __byte_perm(word, 0x43434343u, kPair), low = pair & 0xFF7FFF7Fu, sign = pair & 0xFF80FF80u;
+  constexpr uint32_t kMinusOne = 0xBF80BF80u;
+  uint32_t codes;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(codes) : "r"(sign), "r"(kMinusOne), "r"(low));
+  return codes;
+}
+
 // body(T()) with the type that slabs have.
 template <class Body>
 auto WithStorage(DType dtype, const Body& body) {

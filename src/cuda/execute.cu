@@ -81,32 +81,36 @@ struct Worker {
     }
   }
 
-  // Codes of a row of `dim` elements; all threads know the scale.
-  __device__ uint16_t WriteCodes(const char* from, DType dtype, int32_t dim, int8_t* to) const {
-    float largest = 0;
-    bool finite = true;
-    for (int32_t i = thread; i < dim; i += kThreads) {
-      const float x = LoadAs(from, dtype, i);
-      largest = fmaxf(largest, fabsf(x));
-      finite = finite && isfinite(x);
-    }
-    largest = WarpReduce(finite ? largest : std::numeric_limits<float>::infinity(),
-                         [](float a, float b) { return fmaxf(a, b); });
+  // Half of the threads have the key, half the value, a few elements each: rows are of up to 256.
+  __device__ void WriteCodes(const char* k, const char* v, int32_t slot) const {
+    constexpr int kHalf = kThreads / 2, kEach = 256 / kHalf;
+    const bool is_key = thread < kHalf;
+    const char* from = is_key ? k : v;
+    const DType dtype = is_key ? args.k.dtype : args.v.dtype;
+    const int32_t dim = is_key ? args.key_dim : args.value_dim, first = thread % kHalf;
+    float x[kEach], largest = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) x[i] = first + i * kHalf < dim ? LoadAs(from, dtype, first + i * kHalf) : 0.0f;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      largest = fmaxf(largest, isfinite(x[i]) ? fabsf(x[i]) : std::numeric_limits<float>::infinity());
+    largest = WarpReduce(largest, [](float a, float b) { return fmaxf(a, b); });
     if (thread % kWarp == 0) reduced[thread / kWarp] = largest;
     __syncthreads();
-    largest = 0;
-    for (int w = 0; w < kWarps; ++w) largest = fmaxf(largest, reduced[w]);
+    const int w0 = is_key ? 0 : kWarps / 2;
+#pragma unroll
+    for (int w = 0; w < kWarps / 2; ++w) largest = fmaxf(largest, reduced[w0 + w]);
     const uint16_t scale = ScaleFor(largest, isfinite(largest));
-    for (int32_t i = thread; i < dim; i += kThreads) to[i] = CodeFor(LoadAs(from, dtype, i), scale);
-    __syncthreads();  // `reduced` is free again
-    return scale;
+    int8_t* to = is_key ? &Key(slot)->code : &Value(slot)->code;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      if (first + i * kHalf < dim) to[first + i * kHalf] = CodeFor(x[i], scale);
+    if (first == 0) (is_key ? head.scale[slot].key : head.scale[slot].value) = scale;
   }
 
   __device__ void Write(const char* k, const char* v, int64_t position, int32_t slot) const {
     if constexpr (kScaled<T>) {
-      const uint16_t key = WriteCodes(k, args.k.dtype, args.key_dim, &Key(slot)->code),
-                     value = WriteCodes(v, args.v.dtype, args.value_dim, &Value(slot)->code);
-      if (thread == 0) head.scale[slot] = {key, value};
+      WriteCodes(k, v, slot);
     } else {
       for (int32_t i = thread; i < args.key_dim; i += kThreads) FromFloat(LoadAs(k, args.k.dtype, i), Key(slot) + i);
       for (int32_t i = thread; i < args.value_dim; i += kThreads)

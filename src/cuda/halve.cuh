@@ -45,6 +45,7 @@ struct List {
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kTriangleStride = Sizes<kMostCount>::kTriangleStride;
   using Row = decltype(std::declval<const RowsOf&>().Key(0));  // const T*, or what T is loaded from
+  static constexpr bool kCodes = std::is_same_v<Row, CodeRow>;
 
   const RowsOf& rows;
   const int32_t count, pairs, key_dim, value_dim;
@@ -349,9 +350,29 @@ struct List {
     }
   }
 
+  // The same of codes, which are numbers of type bf16: their products are sums of integers, exact, until the scales come to them.
+  __device__ __forceinline__ static void CodeProducts(const TwoRows<Row>& a, const TwoRows<Row>& b, int32_t dim,
+                                                      float (&c)[1][2][4]) {
+    using Loaded = Group<BFloat16, kWarps == 1 ? 2 : 4>;
+    for (int32_t at = 0; at < dim; at += Loaded::kDims) {
+      Loaded rows, columns;
+      LoadCodeGroup(a, at, dim, rows);
+      LoadCodeGroup(b, at, dim, columns);
+      Multiply(rows, columns, at, dim, c);
+    }
+    const auto lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int n = 0; n < 2; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)  // column 2t + i % 2 is lane 8t + 4 (i % 2)'s
+        c[0][n][i] *= a.row[i / 2].scale * __shfl_sync(kAllLanes, b.row[n].scale, lane % 4 * 8 + i % 2 * 4);
+  }
+
   // c += products of one tile with another, from the rows themselves.
   __device__ __forceinline__ static void RowProducts(const TwoRows<Row>& a, const TwoRows<Row>& b, int32_t dim,
                                                      const Adjust& adjust, float (&c)[1][2][4]) {
+    if constexpr (kCodes)
+      if (!adjust.active) return CodeProducts(a, b, dim, c);
     // All at once: here it is latency that counts. Where other warps have other lists, it is registers.
     using Loaded = Group<T, sizeof(T) == 4 || kWarps == 1 ? 2 : 4>;
     for (int32_t at = 0; at < dim; at += Loaded::kDims) {

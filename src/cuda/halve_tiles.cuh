@@ -131,6 +131,14 @@ __device__ __forceinline__ Raw<float> LoadRaw(const CodeRow& row, int32_t at, in
   return raw;
 }
 
+// Their codes, as numbers of type bf16.
+__device__ __forceinline__ Raw<BFloat16> LoadCodes(const CodeRow& row, int32_t at, int32_t dim) {
+  uint2 codes = make_uint2(0, 0);
+  if (at < dim) codes = *reinterpret_cast<const uint2*>(row.code + at);
+  return {{make_uint4(CodesToBFloat16<kFirstTwo>(codes.x), CodesToBFloat16<kLastTwo>(codes.x),
+                      CodesToBFloat16<kFirstTwo>(codes.y), CodesToBFloat16<kLastTwo>(codes.y))}};
+}
+
 template <class T>
 __device__ __forceinline__ void Unpack(uint32_t word, float& low, float& high) {
   if constexpr (std::is_same_v<T, BFloat16>) {
@@ -268,6 +276,15 @@ __device__ __forceinline__ void LoadGroup(const TwoRows<Row>& rows, int32_t at, 
   for (int chunk = 0; chunk < kChunks; ++chunk)
 #pragma unroll
     for (int i = 0; i < 2; ++i) group.raw[i][chunk] = LoadRaw(rows.row[i], offset + chunk * kChunk, dim);
+}
+template <int kChunks>
+__device__ __forceinline__ void LoadCodeGroup(const TwoRows<CodeRow>& rows, int32_t at, int32_t dim,
+                                              Group<BFloat16, kChunks>& group) {
+  const int32_t offset = at + static_cast<int32_t>(threadIdx.x) % 4 * kElements;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk)
+#pragma unroll
+    for (int i = 0; i < 2; ++i) group.raw[i][chunk] = LoadCodes(rows.row[i], offset + chunk * kChunk, dim);
 }
 template <class T, int kChunks>
 __device__ __forceinline__ void AdjustGroup(const Adjust& adjust, int32_t at, int32_t dim, Group<T, kChunks>& group) {
