@@ -35,11 +35,9 @@ Status CudaCache::DoPrefill(int32_t layer, const Queries& queries, const Input& 
   if (Capturing()) return Error(StatusCode::kUnsupported, "cache: express_prefill cannot be captured in a graph");
   EXPRESS_RETURN_IF_ERROR(Settle());
   EXPRESS_RETURN_IF_ERROR(CheckSettled());
-  EXPRESS_RETURN_IF_ERROR(CheckTypes("in prefill on CUDA", config_.dtype,
-                                     {{"q", queries.q.dtype},
-                                      {"out", queries.out.dtype},
-                                      {"k", input.k.dtype},
-                                      {"v", input.v.dtype}}));
+  EXPRESS_RETURN_IF_ERROR(
+      CheckTypes("in prefill on CUDA", config_.dtype,
+                 {{"q", queries.q.dtype}, {"out", queries.out.dtype}, {"k", input.k.dtype}, {"v", input.v.dtype}}));
   if (input.tokens >= std::numeric_limits<int32_t>::max())
     return Error(StatusCode::kSizeOverflow, "k.shape: expected fewer than 2^31 tokens in one call, got ", input.tokens);
   const int64_t bytes = PromptRun::Bytes(*this, input.tokens, true);
@@ -102,8 +100,7 @@ Status CudaCache::CompressOnce(const Resolved& resolved, void* memory, int64_t, 
   } end{cache};
   Input input{};
   EXPRESS_RETURN_IF_ERROR(cache->CheckInput(k, v, 0, &input));
-  EXPRESS_RETURN_IF_ERROR(
-      CheckTypes("on CUDA", resolved.config.dtype, {{"k", input.k.dtype}, {"v", input.v.dtype}}));
+  EXPRESS_RETURN_IF_ERROR(CheckTypes("on CUDA", resolved.config.dtype, {{"k", input.k.dtype}, {"v", input.v.dtype}}));
   if (input.tokens >= std::numeric_limits<int32_t>::max())
     return Error(StatusCode::kSizeOverflow, "k.shape: expected fewer than 2^31 tokens, got ", input.tokens);
   cache->InitDevice();
@@ -131,8 +128,7 @@ Status CudaCache::CompressCodes(CudaCache* cache, Input input, void* workspace, 
   for (int32_t g = 0; g < cache->config_.kv_heads; ++g) {
     const Array k = OfHead(out.k, g), v = OfHead(out.v, g), log_weight = OfHead(out.log_weight, g);
     const Array position = out.position != nullptr ? OfHead(*out.position, g) : Array();
-    EXPRESS_RETURN_IF_ERROR(
-        cache->ExportHead(g, k, v, &log_weight, out.position != nullptr ? &position : nullptr));
+    EXPRESS_RETURN_IF_ERROR(cache->ExportHead(g, k, v, &log_weight, out.position != nullptr ? &position : nullptr));
   }
   return Status();
 }

@@ -46,11 +46,11 @@ template <int kKeyDim, int kValueDim>
 struct CodeState : WarpState<BFloat16, kKeyDim, kValueDim, 1> {
   using Base = WarpState<BFloat16, kKeyDim, kValueDim, 1>;
   using Layout = CodeTile<kKeyDim, kValueDim>;
-  using typename Base::Queries;
   using Base::g;
   using Base::kRowTiles;
   using Base::kSteps;
   using Base::t;
+  using typename Base::Queries;
 
   __device__ __forceinline__ void LoadQueries(const AttendLaunch& launch, int32_t head, Queries& to) const {
     switch (launch.args.q.dtype) {

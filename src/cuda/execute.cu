@@ -256,7 +256,7 @@ struct Worker {
     auto* keep = reinterpret_cast<uint8_t*>(head.halve_scratch);
     char* scratch = head.halve_scratch + (count / 2 + 255) / 256 * 256;
     HalveList<NumberOf<T>, kThreads>(RowsOf{*this, slots}, count, args.key_dim, args.value_dim, args.halve, head.stream,
-                           static_cast<uint64_t>(number), scratch, shared, keep);
+                                     static_cast<uint64_t>(number), scratch, shared, keep);
     for (int32_t a = thread / kWarp; a < count / 2; a += kWarps)
       if (keep[a] != 0) MoveEntry<false>(slots[2 * a + 1], slots[2 * a], thread % kWarp, kWarp);
     if (head.leader)

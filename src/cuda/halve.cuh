@@ -296,7 +296,9 @@ struct List {
     return {{ValueRow(2 * first + lane / 4), ValueRow(2 * first + kPairsOfTile + lane / 4)}};
   }
   __device__ __forceinline__ TwoRows<Row> KeyPair(int32_t a) const { return {{KeyRow(2 * a), KeyRow(2 * a + 1)}}; }
-  __device__ __forceinline__ TwoRows<Row> ValuePair(int32_t a) const { return {{ValueRow(2 * a), ValueRow(2 * a + 1)}}; }
+  __device__ __forceinline__ TwoRows<Row> ValuePair(int32_t a) const {
+    return {{ValueRow(2 * a), ValueRow(2 * a + 1)}};
+  }
 
   // parts[p][a]: the sum of sign_b D_ab over the earlier tiles p, p + kParts, ...
   template <int kTiles>

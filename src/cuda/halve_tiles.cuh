@@ -269,8 +269,7 @@ struct Group {
   Raw<T> raw[2][kChunks];
 };
 template <class T, class Row, int kChunks>
-__device__ __forceinline__ void LoadGroup(const TwoRows<Row>& rows, int32_t at, int32_t dim,
-                                          Group<T, kChunks>& group) {
+__device__ __forceinline__ void LoadGroup(const TwoRows<Row>& rows, int32_t at, int32_t dim, Group<T, kChunks>& group) {
   const int32_t offset = at + static_cast<int32_t>(threadIdx.x) % 4 * kElements;
 #pragma unroll
   for (int chunk = 0; chunk < kChunks; ++chunk)

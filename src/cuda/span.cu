@@ -67,7 +67,8 @@ __global__ void BeginKernel(const __grid_constant__ SpanArgs args, const SpanDep
 }
 
 // The scales of entry `index` of a head.
-__device__ __forceinline__ RowScales EntryScales(const Rows& rows, int32_t kv_head, const RowScales* slab, int32_t index) {
+__device__ __forceinline__ RowScales EntryScales(const Rows& rows, int32_t kv_head, const RowScales* slab,
+                                                 int32_t index) {
   return index < 0 ? slab[-1 - index] : rows.scale[kv_head * rows.scale_stride + index];
 }
 
@@ -171,9 +172,9 @@ struct GraphWorker {
     const int32_t list = lane % 8 / 2;
     const SpanHalve& op = ops[min(list, count - 1)];
     bool done = false;
-    const bool keep_y =
-        HalveFours<NumberOf<T>>(rows, args.key_dim, args.value_dim, args.halve, head.stream, static_cast<uint64_t>(op.number),
-                      shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), done);
+    const bool keep_y = HalveFours<NumberOf<T>>(
+        rows, args.key_dim, args.value_dim, args.halve, head.stream, static_cast<uint64_t>(op.number),
+        shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), done);
     if (done && lane < 2 * count)
       StoreValue(head.values + op.out + lane % 2, entries[list * kFourEntries + lane % 2 * 2 + (keep_y ? 1 : 0)]);
     __syncwarp();
@@ -188,8 +189,8 @@ struct GraphWorker {
     __syncwarp();
     const EntryRows<T> rows{args, head, entries, static_cast<int32_t>(&head - args.heads)};
     HalveList<NumberOf<T>, kWarp, kWarpList>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
-                                   static_cast<uint64_t>(op.number), nullptr,
-                                   shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), keep);
+                                             static_cast<uint64_t>(op.number), nullptr,
+                                             shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), keep);
     if (lane < op.count / 2) StoreValue(head.values + op.out + lane, entries[2 * lane + (keep[lane] != 0 ? 1 : 0)]);
   }
 
@@ -199,8 +200,9 @@ struct GraphWorker {
       memory.entries[i] = AwaitValue(head.values + args.list[op.begin + i]);
     __syncthreads();
     const EntryRows<T> rows{args, head, memory.entries, static_cast<int32_t>(&head - args.heads)};
-    HalveList<NumberOf<T>, kThreads, kSpanClasses[3]>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
-                                            static_cast<uint64_t>(op.number), nullptr, shared, memory.keep);
+    HalveList<NumberOf<T>, kThreads, kSpanClasses[3]>(rows, op.count, args.key_dim, args.value_dim, args.halve,
+                                                      head.stream, static_cast<uint64_t>(op.number), nullptr, shared,
+                                                      memory.keep);
     for (int32_t a = thread; a < op.count / 2; a += kThreads)
       StoreValue(head.values + op.out + a, memory.entries[2 * a + (memory.keep[a] != 0 ? 1 : 0)]);
   }
@@ -212,7 +214,8 @@ struct GraphWorker {
     const NodeRows<T> rows{args, head, nodes, static_cast<int32_t>(&head - args.heads)};
     uint8_t* keep = head.keep + op.begin / 2;
     HalveList<NumberOf<T>, kThreads>(rows, op.count, args.key_dim, args.value_dim, args.halve, head.stream,
-                           static_cast<uint64_t>(op.number), head.halve_scratch + SpanScratch(op.begin), shared, keep);
+                                     static_cast<uint64_t>(op.number), head.halve_scratch + SpanScratch(op.begin),
+                                     shared, keep);
     for (int32_t a = thread; a < op.count / 2; a += kThreads)
       StoreValue(head.values + op.out + a, head.values[nodes[2 * a + (keep[a] != 0 ? 1 : 0)]]);
   }
@@ -333,8 +336,7 @@ __device__ void CopyRow(const From* from, To* to, int32_t dim, int lane) {
 
 // Codes go to codes as they are; anything else is converted.
 __device__ void CopyRowTo(const CodeRow& from, void* to, DType dtype, int64_t element, int32_t dim, int lane) {
-  if (dtype == DType::kI8)
-    return CopyRow(from.code, static_cast<int8_t*>(to) + element, dim, lane);
+  if (dtype == DType::kI8) return CopyRow(from.code, static_cast<int8_t*>(to) + element, dim, lane);
   for (int32_t i = lane; i < dim; i += kWarp) StoreAs(from[i], to, dtype, element + i);
 }
 template <class From>
@@ -415,8 +417,8 @@ namespace {
 template <class T, bool kLong>
 void RunGraph(const SpanArgs& args, const SpanGraph& graph, int32_t multiprocessors, cudaStream_t stream) {
   const int32_t longest = kLong ? INT32_MAX : kSpanClasses[3];
-  const size_t shared =
-      std::max(kGraphWarps * HalveWarpBytes(args.key_dim), HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim, longest));
+  const size_t shared = std::max(kGraphWarps * HalveWarpBytes(args.key_dim),
+                                 HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim, longest));
   const int64_t tickets =
       int64_t{graph.item_count} * args.most_heads + int64_t{graph.blocks - graph.first_block} * args.kv_heads;
   const int64_t blocks = std::min<int64_t>(tickets, int64_t{std::max(1, multiprocessors)} * (kLong ? 2 : 4));
@@ -440,7 +442,7 @@ void SpanStoreCopies(const SpanStorePlan* plans, const SpanStoreHead* heads, con
   const dim3 grid(static_cast<uint32_t>(CeilDiv(int64_t{copies.most_count} * kWarp, 256)),
                   static_cast<uint32_t>(copies.head_count));
   WithStorage(copies.dtype,
-           [&](auto type) { StoreCopiesKernel<decltype(type)><<<grid, 256, 0, stream>>>(plans, heads, copies); });
+              [&](auto type) { StoreCopiesKernel<decltype(type)><<<grid, 256, 0, stream>>>(plans, heads, copies); });
 }
 
 void Gather(const GatherArgs& args, cudaStream_t stream) {

@@ -240,7 +240,8 @@ TEST_F(CodesTest, LongPrompts) {
   const Device scratch(bytes);
   const Workspace workspace{scratch.data, bytes};
   const auto take = [&](ExpressCache& cache, Mirror& to, int64_t at, int64_t n) {
-    ASSERT_OK(cache.Prefill(0, q.Gpu(at, n), k.Gpu(at, n), v.Gpu(at, n), to.Gpu(at, n), lse.Gpu(at, n).get(), &workspace));
+    ASSERT_OK(
+        cache.Prefill(0, q.Gpu(at, n), k.Gpu(at, n), v.Gpu(at, n), to.Gpu(at, n), lse.Gpu(at, n).get(), &workspace));
   };
   take(whole, out, 0, kFirst);
   take(whole, out, kFirst, kTokens - kFirst);

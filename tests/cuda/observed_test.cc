@@ -213,7 +213,8 @@ TEST_F(ObservedTest, MassesAsOnTheCpu) {
             if (dtype != DType::kI8) worst = std::max(worst, std::abs(x - y) / x);
             // Of a prompt in 8 bits the CPU sees the tokens of the block at hand as they came.
             const double tolerance = dtype == DType::kI8 && chunk > 1 ? 5e-3 : 2e-4;
-            EXPECT_NEAR(x, y, tolerance * x) << "dim " << dim << " group " << group << " chunk " << chunk << " head " << h;
+            EXPECT_NEAR(x, y, tolerance * x)
+                << "dim " << dim << " group " << group << " chunk " << chunk << " head " << h;
             EXPECT_GT(x, 0.001);
           }
         }
