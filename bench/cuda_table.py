@@ -21,7 +21,7 @@ import triton.language as tl
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import express_abi
-from express_abi import BF16, CUDA, Workspace
+from express_abi import BF16, CUDA, I8, Workspace
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
@@ -193,46 +193,50 @@ def decode_rows(express, read, quick):
     q_heads, kv_heads, dim, rows = 32, 8, 128, []
     print("\ndecode attention, 32 query / 8 KV heads, d 128, bf16\nbatch  method        entries        us    GB/s  of read")
 
-    def report(method, batch, budget, time):
-        nbytes = batch * budget * kv_heads * dim * 4
+    def report(method, batch, budget, time, row_bytes=2 * 2 * dim):
+        nbytes = batch * budget * kv_heads * row_bytes
         row = {"method": method, "batch": batch, "budget": budget, "us": time * 1e6, "slab_bytes": nbytes,
                "fraction_of_read_bandwidth": nbytes / time / 1e9 / read}
         rows.append(row)
-        print(f"{batch:5d}  {method:12s} {budget:8d} {time * 1e6:9.1f} {nbytes / time / 1e9:7.0f}  {row['fraction_of_read_bandwidth']:6.3f}")
+        print(f"{batch:5d}  {method:14s} {budget:8d} {time * 1e6:9.1f} {nbytes / time / 1e9:7.0f}  {row['fraction_of_read_bandwidth']:6.3f}")
 
-    for batch in (1, 16, 64, 256):
-        for budget in (512, 1024, 2048, 4096, 8192):
-            nbytes = batch * budget * kv_heads * dim * 4
-            if nbytes > 20e9 or (quick and budget not in (1024, 4096)):
-                continue
-            layers = max(1, min(32, int(600e6 // nbytes)))  # rotate beyond the L2
-            caches = (C.c_void_p * batch)()
-            stream = torch.cuda.Stream()
-            for i in range(batch):
-                caches[i] = express.create(layers=layers, query_heads=q_heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim,
-                                           budget=budget, prefill_block=256, seed=i).value
-                fill(express, C.c_void_p(caches[i]), layers, budget, q_heads, kv_heads, dim, budget + 300)
-                express.call("express_set_stream", C.c_void_p(caches[i]), C.c_void_p(stream.cuda_stream))
-            q = random_heads(batch, q_heads, dim, 5)
-            views = [express.view(t) for t in (q, torch.empty_like(q))]
+    def attend(method, dtype, row_bytes, batch, budget):
+        nbytes = batch * budget * kv_heads * row_bytes
+        layers = max(1, min(32, int(600e6 // nbytes)))  # rotate beyond the L2
+        caches = (C.c_void_p * batch)()
+        stream = torch.cuda.Stream()
+        for i in range(batch):
+            caches[i] = express.create(layers=layers, query_heads=q_heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim,
+                                       budget=budget, dtype=dtype, prefill_block=256, seed=i).value
+            fill(express, C.c_void_p(caches[i]), layers, budget, q_heads, kv_heads, dim, budget + 300)
+            express.call("express_set_stream", C.c_void_p(caches[i]), C.c_void_p(stream.cuda_stream))
+        q = random_heads(batch, q_heads, dim, 5)
+        views = [express.view(t) for t in (q, torch.empty_like(q))]
 
-            def run():
-                for layer in range(layers):
-                    express.call("express_attend_batch", caches, C.c_int64(batch), C.c_int32(layer), C.byref(views[0]),
-                                 C.byref(views[1]), None)
+        def run():
+            for layer in range(layers):
+                express.call("express_attend_batch", caches, C.c_int64(batch), C.c_int32(layer), C.byref(views[0]),
+                             C.byref(views[1]), None)
 
+        torch.cuda.synchronize()
+        with torch.cuda.stream(stream):
+            run()
             torch.cuda.synchronize()
-            with torch.cuda.stream(stream):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
                 run()
-                torch.cuda.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, stream=stream):
-                    run()
-            torch.cuda.synchronize()
-            report("express", batch, budget, seconds(graph.replay, 30, 5) / layers)
-            for i in range(batch):
-                express.call("express_destroy", C.byref(C.c_void_p(caches[i])))
-    for batch in (1, 16, 64):
+        torch.cuda.synchronize()
+        report(method, batch, budget, seconds(graph.replay, 30, 5) / layers, row_bytes)
+        for i in range(batch):
+            express.call("express_destroy", C.byref(C.c_void_p(caches[i])))
+
+    for method, dtype, row_bytes, budgets in (("express", BF16, 4 * dim, (512, 1024, 2048, 4096, 8192)),
+                                              ("express, 8 bits", I8, 2 * dim + 4, (1024, 4096))):
+        for batch in (1, 16, 64, 256):
+            for budget in budgets:
+                if batch * budget * kv_heads * row_bytes <= 20e9 and (not quick or budget in (1024, 4096)):
+                    attend(method, dtype, row_bytes, batch, budget)
+    for batch in (1, 16, 64, 256):
         for n in (1024, 4096, 32768, 131072):
             nbytes = batch * n * kv_heads * dim * 4
             if nbytes > 20e9:

@@ -2,7 +2,7 @@
 import ctypes as C
 
 CPU, CUDA = 1, 2  # express_device_type
-F32, F16, BF16 = 0, 1, 2  # express_dtype
+F32, F16, BF16, I8 = 0, 1, 2, 3  # express_dtype
 COIN = 1  # express_halving
 
 

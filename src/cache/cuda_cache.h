@@ -173,13 +173,14 @@ class CudaCache final : public Cache {
   bool AllLayersEven() const;
   bool HasRoom(int32_t plan) const;  // for any one record more
   // plans_.operations, as the next record.
-  void WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t more_flags = 0);
+  void WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flags = 0);
   bool PlanToken(int32_t plan, cuda::Uploader& uploader);  // true if the record has a halving
-  // Whether halvings may run ahead of their token, for all layers in one launch: under the schedule of rounds a list can
-  // contain the token that fills it.
+  // Whether all but the write of a token may run ahead of it, halvings first, for all layers in one launch each: under the schedule
+  // of rounds a list can contain the token that fills it.
   bool Hoistable() const { return config_.schedule == Schedule::kBudget; }
-  // Plans the layer's next token, and that of all layers if a step begins; true if halvings of all layers are to be launched.
-  bool PlanStep(int32_t layer, cuda::Uploader& uploader);
+  // Plans the layer's next token, and that of all layers if a step begins; what of all layers is to be launched ahead.
+  enum class Ahead { kNothing, kAdmissions, kHalvingsToo };
+  Ahead PlanStep(int32_t layer, cuda::Uploader& uploader);
   cuda::Part TakeStep(int32_t layer);  // the planned token is about to be executed: which part is left of it
   void MarkLaunched(int32_t layer, int64_t steps);
   Status Settle();  // before a call that plans

@@ -135,7 +135,7 @@ bool CudaCache::HasRoom(int32_t plan) const {
   return ring.write + most <= capacity || most < oldest;
 }
 
-void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t more_flags) {
+void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flags) {
   RingState& ring = parts_.ring_states[plan];
   const cuda::Ring& device = parts_.ring_copies[plan];
   int32_t* at = parts_.record + cuda::kRecordHeader;
@@ -145,7 +145,7 @@ void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t more
   const int32_t tag = cuda::RecordTag(static_cast<int32_t>(++ring.written));
   parts_.record[0] = tag;
   parts_.record[1] = words - cuda::kRecordHeader;
-  parts_.record[2] = (Hoistable() ? cuda::kHoisted : 0) | more_flags;
+  parts_.record[2] = flags;
   // Two words stay for a jump.
   if (ring.write + words > device.capacity - 2) {
     const int32_t jump[2] = {tag, cuda::kJump};
@@ -166,21 +166,22 @@ bool CudaCache::PlanToken(int32_t plan, cuda::Uploader& uploader) {
   return false;
 }
 
-bool CudaCache::PlanStep(int32_t layer, cuda::Uploader& uploader) {
-  if (parts_.ahead[layer] != 0) return false;
+CudaCache::Ahead CudaCache::PlanStep(int32_t layer, cuda::Uploader& uploader) {
+  if (parts_.ahead[layer] != 0) return Ahead::kNothing;
   const bool all = layer == 0 && Hoistable() && AllLayersEven();
   const int32_t end = all ? plans_.plan_count : end_plan(layer);
   bool halvings = false;
   for (int32_t i = first_plan(layer); i < end; ++i) halvings = PlanToken(i, uploader) || halvings;
-  if (all) std::fill_n(parts_.ahead, config_.layers, 1);
-  return all && halvings;
+  if (!all) return Ahead::kNothing;
+  std::fill_n(parts_.ahead, config_.layers, 1);
+  return halvings ? Ahead::kHalvingsToo : Ahead::kAdmissions;
 }
 
 cuda::Part CudaCache::TakeStep(int32_t layer) {
   const bool ahead = parts_.ahead[layer] != 0;
   parts_.ahead[layer] = 0;
   MarkLaunched(layer, 1);
-  return ahead ? cuda::Part::kRest : cuda::Part::kAll;
+  return ahead ? cuda::Part::kWrites : cuda::Part::kAll;
 }
 
 void CudaCache::MarkLaunched(int32_t layer, int64_t steps) {
@@ -239,19 +240,21 @@ Status CudaCache::IngestCaptured(const Input& input) {
   for (int32_t layer = input.first_layer; layer < input.first_layer + input.layers; ++layer) {
     cuda::ExecuteArgs args = Arguments(input, layer);
     CopyHeads(layer, 0, &args);
-    if (layer == 0 && Hoistable()) {
-      args.part = cuda::Part::kHalvings;
-      args.layers = config_.layers;
+    const auto launch = [&](cuda::Part part, int32_t layers) {
+      args.part = part;
+      args.layers = layers;
       cuda::Execute(args, stream_);
-      args.layers = 1;
+    };
+    if (layer == 0 && Hoistable()) {
+      launch(cuda::Part::kHalvings, config_.layers);
+      launch(cuda::Part::kAdmissions, config_.layers);
     }
-    args.part = Hoistable() ? cuda::Part::kRest : cuda::Part::kAll;
-    cuda::Execute(args, stream_);
+    launch(Hoistable() ? cuda::Part::kWrites : cuda::Part::kAll, 1);
   }
   return Launched("append");
 }
 
-// The first token may have been planned ahead, with its halvings done. Then as many tokens at a time as the rings take.
+// The first token may have been planned ahead, with all but its write done. Then as many tokens at a time as the rings take.
 Status CudaCache::IngestLayer(const Input& input, int32_t layer) {
   cuda::ExecuteArgs args = Arguments(input, layer);
   CopyHeads(layer, 0, &args);
@@ -262,7 +265,7 @@ Status CudaCache::IngestLayer(const Input& input, int32_t layer) {
     args.layers = layers;
     args.steps = static_cast<int32_t>(steps);
     cuda::Execute(args, stream_);
-    if (part == cuda::Part::kHalvings) return;
+    if (part == cuda::Part::kHalvings || part == cuda::Part::kAdmissions) return;
     const auto advance = [&](cuda::Rows& rows) {
       rows.data = static_cast<char*>(rows.data) + steps * rows.row_stride * SizeOf(rows.dtype);
     };
@@ -272,7 +275,9 @@ Status CudaCache::IngestLayer(const Input& input, int32_t layer) {
   int64_t done = 0;
   if (input.tokens == 1 || parts_.ahead[layer] != 0) {
     if (input.tokens == 0) return Status();
-    if (PlanStep(layer, uploader)) launch(cuda::Part::kHalvings, config_.layers, 1);
+    const Ahead ahead = PlanStep(layer, uploader);
+    if (ahead == Ahead::kHalvingsToo) launch(cuda::Part::kHalvings, config_.layers, 1);
+    if (ahead != Ahead::kNothing) launch(cuda::Part::kAdmissions, config_.layers, 1);
     launch(TakeStep(layer), 1, 1);
     done = 1;
   }
@@ -445,7 +450,7 @@ Status CudaCache::AttendCaches(const Cache* const* caches, int64_t count, int32_
   return Launched("attend");
 }
 
-// Plans every cache, then a launch or two for up to kMaxBatch of them.
+// Plans every cache, then a few launches for up to kMaxBatch of them.
 Status CudaCache::DoAppendBatch(Cache* const* caches, int64_t count, const Input& input) {
   EXPRESS_RETURN_IF_ERROR(CheckOneStream(caches, count));
   const DeviceScope scope(config_.device_id);
@@ -454,10 +459,12 @@ Status CudaCache::DoAppendBatch(Cache* const* caches, int64_t count, const Input
   const bool captured = Capturing();
   for (int64_t i = 0; i < count && !captured; ++i) EXPRESS_RETURN_IF_ERROR(at(i)->Settle());
   cuda::Uploader uploader(stream_);
-  cuda::ExecuteArgs halvings = Arguments(input, layer), rest = halvings, all = halvings;
+  cuda::ExecuteArgs halvings = Arguments(input, layer), writes = halvings, all = halvings;
   halvings.part = cuda::Part::kHalvings;
   halvings.layers = config_.layers;
-  rest.part = cuda::Part::kRest;
+  cuda::ExecuteArgs admissions = halvings;
+  admissions.part = cuda::Part::kAdmissions;
+  writes.part = cuda::Part::kWrites;
   all.part = cuda::Part::kAll;
   const auto launch = [&](cuda::ExecuteArgs& args) {
     if (args.caches > 0) cuda::Execute(args, stream_);
@@ -467,17 +474,21 @@ Status CudaCache::DoAppendBatch(Cache* const* caches, int64_t count, const Input
     for (int64_t i = first; i < std::min<int64_t>(count, first + cuda::kMaxBatch); ++i) {
       CudaCache* cache = at(i);
       const auto row = static_cast<int32_t>(i);
-      const bool ahead = captured ? layer == 0 && cache->Hoistable() : cache->PlanStep(layer, uploader);
-      if (ahead) cache->CopyHeads(0, row, &halvings);
+      const Ahead ahead = !captured                          ? cache->PlanStep(layer, uploader)
+                          : layer == 0 && cache->Hoistable() ? Ahead::kHalvingsToo
+                                                             : Ahead::kNothing;
+      if (ahead == Ahead::kHalvingsToo) cache->CopyHeads(0, row, &halvings);
+      if (ahead != Ahead::kNothing) cache->CopyHeads(0, row, &admissions);
       const cuda::Part part = !captured            ? cache->TakeStep(layer)
-                              : cache->Hoistable() ? cuda::Part::kRest
+                              : cache->Hoistable() ? cuda::Part::kWrites
                                                    : cuda::Part::kAll;
-      cache->CopyHeads(layer, row, part == cuda::Part::kRest ? &rest : &all);
+      cache->CopyHeads(layer, row, part == cuda::Part::kWrites ? &writes : &all);
       if (!captured) cache->CountEntries(layer, 1);
     }
     uploader.Flush();
     launch(halvings);
-    launch(rest);
+    launch(admissions);
+    launch(writes);
     launch(all);
   }
   const Status status = Launched("append_batch");

@@ -20,8 +20,13 @@ __device__ int64_t Long(const int32_t* words) {
                               (static_cast<uint64_t>(static_cast<uint32_t>(words[1])) << 32));
 }
 
-// One head at work. Every function is called by all threads of the block and ends with a barrier. kPart: what of the
-// records whose halvings may run ahead; a kernel of the rest has no halving in it and needs fewer registers.
+// What of a record each operation belongs to.
+__device__ Part PartOf(int32_t kind) {
+  return kind == kRingWrite ? Part::kWrites : kind == kRingHalve ? Part::kHalvings : Part::kAdmissions;
+}
+
+// One head at work. Every function is called by all threads of the block and ends with a barrier. kPart: of the records; what has
+// no halving in it needs fewer registers and no shared memory for them.
 template <class T, Part kPart>
 struct Worker {
   const ExecuteArgs& args;
@@ -82,39 +87,28 @@ struct Worker {
   }
 
   // Half of the threads have the key, half the value, a few elements each: rows are of up to 256.
-  __device__ void WriteCodes(const char* k, const char* v, int32_t slot) const {
+  __device__ void Write(const char* k, const char* v, int64_t position, int32_t slot) const {
     constexpr int kHalf = kThreads / 2, kEach = 256 / kHalf;
     const bool is_key = thread < kHalf;
     const char* from = is_key ? k : v;
     const DType dtype = is_key ? args.k.dtype : args.v.dtype;
     const int32_t dim = is_key ? args.key_dim : args.value_dim, first = thread % kHalf;
-    float x[kEach], largest = 0;
+    float x[kEach];
 #pragma unroll
     for (int i = 0; i < kEach; ++i) x[i] = first + i * kHalf < dim ? LoadAs(from, dtype, first + i * kHalf) : 0.0f;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      largest = fmaxf(largest, isfinite(x[i]) ? fabsf(x[i]) : std::numeric_limits<float>::infinity());
-    largest = WarpReduce(largest, [](float a, float b) { return fmaxf(a, b); });
-    if (thread % kWarp == 0) reduced[thread / kWarp] = largest;
-    __syncthreads();
-    const int w0 = is_key ? 0 : kWarps / 2;
-#pragma unroll
-    for (int w = 0; w < kWarps / 2; ++w) largest = fmaxf(largest, reduced[w0 + w]);
-    const uint16_t scale = ScaleFor(largest, isfinite(largest));
-    int8_t* to = is_key ? &Key(slot)->code : &Value(slot)->code;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      if (first + i * kHalf < dim) to[first + i * kHalf] = CodeFor(x[i], scale);
-    if (first == 0) (is_key ? head.scale[slot].key : head.scale[slot].value) = scale;
-  }
-
-  __device__ void Write(const char* k, const char* v, int64_t position, int32_t slot) const {
+    T* to = is_key ? Key(slot) : Value(slot);
+    uint16_t scale = 0;
     if constexpr (kScaled<T>) {
-      WriteCodes(k, v, slot);
-    } else {
-      for (int32_t i = thread; i < args.key_dim; i += kThreads) FromFloat(LoadAs(k, args.k.dtype, i), Key(slot) + i);
-      for (int32_t i = thread; i < args.value_dim; i += kThreads)
-        FromFloat(LoadAs(v, args.v.dtype, i), Value(slot) + i);
+      scale = ScaleOfHalf(x);
+      if (first == 0) (is_key ? head.scale[slot].key : head.scale[slot].value) = scale;
+    }
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (first + i * kHalf >= dim) break;
+      if constexpr (kScaled<T>)
+        to[first + i * kHalf].code = CodeFor(x[i], scale);
+      else
+        FromFloat(x[i], to + first + i * kHalf);
     }
     if (thread == 0) {
       head.position[slot] = position;
@@ -122,6 +116,21 @@ struct Worker {
       if (head.seen != nullptr) head.seen->newest = position;
     }
     __syncthreads();
+  }
+  // Of the row that this half of the threads has.
+  template <int kEach>
+  __device__ uint16_t ScaleOfHalf(const float (&x)[kEach]) const {
+    float largest = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i)
+      largest = fmaxf(largest, isfinite(x[i]) ? fabsf(x[i]) : std::numeric_limits<float>::infinity());
+    largest = WarpReduce(largest, [](float a, float b) { return fmaxf(a, b); });
+    if (thread % kWarp == 0) reduced[thread / kWarp] = largest;
+    __syncthreads();
+    const int w0 = thread / (kThreads / 2) * (kWarps / 2);
+#pragma unroll
+    for (int w = 0; w < kWarps / 2; ++w) largest = fmaxf(largest, reduced[w0 + w]);
+    return ScaleFor(largest, isfinite(largest));
   }
 
   // The sum goes slot by slot, as on the CPU.
@@ -272,13 +281,13 @@ struct Worker {
   }
 
   // The body of one record.
-  __device__ void Run(const int32_t* at, const int32_t* end, bool hoisted, const char* k, const char* v) const {
+  __device__ void Run(const int32_t* at, const int32_t* end, const char* k, const char* v) const {
     while (at < end) {
       const int32_t kind = at[0] & 15, count = at[0] >> 4;
-      const bool now = kPart == Part::kAll || (hoisted && kind == kRingHalve) == (kPart == Part::kHalvings);
+      const bool now = kPart == Part::kAll || kPart == PartOf(kind);
       switch (kind) {
         case kRingWrite:
-          if (now) Write(k, v, Long(at + 1), at[3]);
+          if constexpr (kPart == Part::kAll) Write(k, v, Long(at + 1), at[3]);
           at += 4;
           break;
         case kRingCentre:
@@ -294,7 +303,7 @@ struct Worker {
           at += 10;
           break;
         case kRingHalve:
-          if constexpr (kPart != Part::kRest)
+          if constexpr (kPart != Part::kAdmissions)
             if (now) Halve(Long(at + 1), __int_as_float(at[3]), at + 4, count);
           at += 4 + count;
           break;
@@ -327,7 +336,9 @@ __device__ const int32_t* FindRecord(const Ring& ring, int32_t sequence, int32_t
   return record[0] == RecordTag(sequence) && record[1] != kJump ? record : nullptr;
 }
 
-// All heads of the plan are done: the ring moves on.
+// All heads of the plan are done: the ring moves on. Nothing has to come before the host sees it: what it does then, it does on the
+// stream, behind this kernel.
+template <Part kPart>
 __device__ void Arrive(Ring& ring, int32_t offset, int32_t sequence, bool complete) {
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -341,8 +352,7 @@ __device__ void Arrive(Ring& ring, int32_t offset, int32_t sequence, bool comple
   }
   ring.cursor = offset;
   ring.sequence = sequence;
-  __threadfence_system();
-  progress[0] = sequence;
+  if (kPart == Part::kAll) progress[0] = sequence;
 }
 
 // What a step reads one after the other lies far away, if the other layers' entries have pushed it out of the L2 since the last
@@ -366,6 +376,17 @@ __device__ void AskFor(const Head& head, const Ring& ring, int32_t key_dim) {
   ask(head.protected_slot, head.protect * floats);
 }
 
+// This block's row of k or v, of one step.
+__device__ const char* RowAt(const ExecuteArgs& args, const Rows& rows, int64_t cache_stride, int64_t layer_stride,
+                             int64_t step) {
+  const auto layer = static_cast<int64_t>(blockIdx.x) / args.kv_heads,
+             kv_head = static_cast<int64_t>(blockIdx.x) % args.kv_heads;
+  const int64_t element =
+      args.row[blockIdx.y] * cache_stride + layer * layer_stride + kv_head * rows.head_stride + step * rows.row_stride;
+  return static_cast<const char*>(rows.data) + element * SizeOf(rows.dtype);
+}
+
+// grid: (layers * kv_heads, caches); kAll, kHalvings or kAdmissions.
 template <class T, Part kPart>
 __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant__ ExecuteArgs args) {
   extern __shared__ __align__(16) char shared[];
@@ -379,14 +400,6 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
   if (args.launch_early) AskFor(head, ring, args.key_dim);
   WaitForKernelBefore();
   const Worker<T, kPart> worker{args, head, shared, row, reduced, found};
-  const auto layer = static_cast<int64_t>(blockIdx.x) / args.kv_heads,
-             kv_head = static_cast<int64_t>(blockIdx.x) % args.kv_heads;
-  const int64_t cache = args.row[blockIdx.y];
-  const auto at = [&](const Rows& rows, int64_t cache_stride, int64_t layer_stride, int64_t step) {
-    const int64_t element =
-        cache * cache_stride + layer * layer_stride + kv_head * rows.head_stride + step * rows.row_stride;
-    return static_cast<const char*>(rows.data) + element * SizeOf(rows.dtype);
-  };
   int32_t offset = ring.cursor, sequence = ring.sequence;
   __syncthreads();
   bool complete = true;
@@ -395,22 +408,44 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
     complete = record != nullptr;
     if (!complete) break;
     ++sequence;
-    const int32_t* body = record + kRecordHeader;
+    const int32_t *body = record + kRecordHeader, *end = body + record[1];
     if constexpr (kPart == Part::kAll)
       if ((record[2] & kRefresh) != 0 && head.protect > 0) worker.Refresh(head.protected_count[0]);
-    worker.Run(body, body + record[1], (record[2] & kHoisted) != 0,
-               at(args.k, args.k_cache_stride, args.k_layer_stride, step),
-               at(args.v, args.v_cache_stride, args.v_layer_stride, step));
+    worker.Run(body, end, RowAt(args, args.k, args.k_cache_stride, args.k_layer_stride, step),
+               RowAt(args, args.v, args.v_cache_stride, args.v_layer_stride, step));
     offset += kRecordHeader + record[1];
+    if (kPart == Part::kAdmissions && head.leader && threadIdx.x == 0) {  // for the kernel of the writes
+      const int32_t* write = end - kWriteWords;
+      ring.position = Long(write + 1);
+      ring.slot = write[3];
+      ring.written = sequence;
+    }
   }
-  if (kPart != Part::kHalvings) Arrive(ring, offset, sequence, complete);
+  if (kPart == Part::kAdmissions && !complete && head.leader && threadIdx.x == 0) ring.slot = -1;
+  if (kPart != Part::kHalvings) Arrive<kPart>(ring, offset, sequence, complete);
+}
+
+// The same grid: the write of the record whose admissions are done.
+template <class T>
+__global__ __launch_bounds__(kThreads) void WriteKernel(const __grid_constant__ ExecuteArgs args) {
+  __shared__ float reduced[kWarps];
+  const Head& head = args.heads[blockIdx.y][blockIdx.x];
+  const Ring& ring = args.rings[blockIdx.y][head.plan];
+  DependentsMayStart();
+  WaitForKernelBefore();
+  const int32_t slot = ring.slot;
+  if (slot < 0) return;
+  const Worker<T, Part::kWrites> worker{args, head, nullptr, nullptr, reduced, nullptr};
+  worker.Write(RowAt(args, args.k, args.k_cache_stride, args.k_layer_stride, 0),
+               RowAt(args, args.v, args.v_cache_stride, args.v_layer_stride, 0), ring.position, slot);
+  if (head.leader && threadIdx.x == 0) static_cast<volatile int32_t*>(ring.progress)[0] = ring.written;
 }
 
 __global__ void ResetKernel(const Head* heads, int32_t head_count, Ring* rings, int32_t key_dim) {
   const auto index = static_cast<int32_t>(blockIdx.x), thread = static_cast<int32_t>(threadIdx.x);
   if (index >= head_count) {
     Ring& ring = rings[index - head_count];
-    if (thread == 0) ring.cursor = ring.sequence = ring.arrived = ring.words[0] = 0;
+    if (thread == 0) ring.cursor = ring.sequence = ring.arrived = ring.words[0] = 0, ring.slot = -1;
     return;
   }
   const Head& head = heads[index];
@@ -442,18 +477,21 @@ void Execute(const ExecuteArgs& args, cudaStream_t stream) {
     using T = decltype(type);
     const size_t shared = HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim);
     cudaLaunchAttribute early = LaunchEarly();
-    const cudaLaunchConfig_t config{.gridDim = grid,
-                                    .blockDim = dim3(kThreads),
-                                    .dynamicSmemBytes = args.part == Part::kRest ? 0 : shared,
-                                    .stream = stream,
-                                    .attrs = &early,
-                                    .numAttrs = args.launch_early ? 1u : 0u};
+    const cudaLaunchConfig_t config{
+        .gridDim = grid,
+        .blockDim = dim3(kThreads),
+        .dynamicSmemBytes = args.part == Part::kAll || args.part == Part::kHalvings ? shared : 0,
+        .stream = stream,
+        .attrs = &early,
+        .numAttrs = args.launch_early ? 1u : 0u};
     if (args.part == Part::kAll)
       cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kAll>, args);
     else if (args.part == Part::kHalvings)
       cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kHalvings>, args);
+    else if (args.part == Part::kAdmissions)
+      cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kAdmissions>, args);
     else
-      cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kRest>, args);
+      cudaLaunchKernelEx(&config, WriteKernel<T>, args);
   });
 }
 

@@ -72,12 +72,13 @@ struct HalveParams {  // as on the CPU
 struct Ring;                               // ring.h
 inline constexpr int32_t kMaxBatch = 256;  // caches of one launch
 
-// kHalvings and kRest, one after the other, do what kAll does for records whose halvings may run ahead (kHoisted, ring.h);
-// records without that flag must be executed by kAll.
-enum class Part : int32_t { kAll, kHalvings, kRest };
+// kAll does all of a record. kHalvings, kAdmissions and kWrites, one after the other, do what kAll does for records of one token,
+// in which no halving reads what the same record admits: the first two of all layers at once, as a step begins, since they touch
+// nothing that its token brings.
+enum class Part : int32_t { kAll, kHalvings, kAdmissions, kWrites };
 
-// Executes the next `steps` records of the rings of heads [0, head_count) of every cache, in order. Without kHalvings the
-// rings then move on. Step s, cache c, layer l from the first: the row of KV head g begins at
+// Executes the next `steps` records of the rings of heads [0, head_count) of every cache, in order. After kAll and
+// kAdmissions rings move on. Step s, cache c, layer l from the first: the row of KV head g begins at
 // data + s * row_stride + row[c] * cache_stride + l * layer_stride + g * head_stride of k and v.
 struct ExecuteArgs {
   const Head* heads[kMaxBatch];  // per cache: (layers, kv_heads) from the first layer on, device memory

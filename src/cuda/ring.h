@@ -15,13 +15,13 @@ inline constexpr int32_t kJump = -1;
 constexpr int32_t RecordTag(int32_t sequence) {
   return static_cast<int32_t>(static_cast<uint32_t>(sequence) * 0x9E3779B1u + 0x7F4A7C15u);
 }
-inline constexpr int32_t kHoisted = 1;  // flag: halvings touch nothing that this token brings, and may run ahead of it
 inline constexpr int32_t kRefresh =
-    2;  // flag: Head::protect has changed, and which protected entry is the weakest may have
+    1;  // flag: Head::protect has changed, and which protected entry is the weakest may have
 
-// Operations: word 0 is kind | count << 4, then what the kind has; 64-bit numbers take two words, low first.
+// Operations: word 0 is kind | count << 4, then what the kind has; 64-bit numbers take two words, low first. What a token brings is
+// written last: all that goes before touches nothing of it.
 enum RingOp : int32_t {
-  kRingWrite = 1,   // position, slot
+  kRingWrite = 1,   // position, slot; the last of a token's record
   kRingCentre = 2,  // count slots
   kRingAdmit = 3,   // ordinal, slot
   kRingSample = 4,  // number, weight, total, float log weight, slot kept, slot freed
@@ -30,6 +30,8 @@ enum RingOp : int32_t {
   kRingEvict = 7,   // nothing
   kRingMove = 8,    // count slots, in pairs: from, to
 };
+
+inline constexpr int32_t kWriteWords = 4;
 
 // One plan's ring; device memory.
 struct Ring {
@@ -40,6 +42,10 @@ struct Ring {
   int32_t sequence;   // of the last record executed; the next one has sequence + 1
   int32_t arrived;    // heads that are done with the launch in progress
   int32_t* progress;  // (2), host memory: sequence of the last record executed, and whether a replay found none
+  // Of a record that is executed in parts (Part), between two of them.
+  int64_t position = 0;
+  int32_t slot = -1;    // of its write; negative: there is none
+  int32_t written = 0;  // sequence of the record that this is of
 };
 
 }  // namespace express::cuda

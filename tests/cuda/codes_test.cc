@@ -40,7 +40,7 @@ void FillRows(Mirror& rows, int64_t dim, bool odd, std::mt19937& rng) {
     if (kind == 5) y = 0;
     if (kind == 6) y *= 1e-38f;
     if (kind == 7) y *= 1e-42f;
-    if (kind == 8) y *= 1e37f;
+    if (kind == 8) y *= rows.dtype() == DType::kF16 ? 1e4f : 1e37f;
     if (kind == 9 && odd && at == row % dim) y = row % 2 == 0 ? infinity : std::nanf("");
     x[i] = y;
   }
