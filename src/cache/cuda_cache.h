@@ -172,9 +172,9 @@ class CudaCache final : public Cache {
   int64_t Pending(int32_t plan) const;  // records written and, as far as the host knows, not taken up
   bool AllLayersEven() const;
   bool HasRoom(int32_t plan) const;  // for any one record more
-  // plans_.operations, as the next record.
-  void WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flags = 0);
-  bool PlanToken(int32_t plan, cuda::Uploader& uploader);  // true if the record has a halving
+  // plans_.operations, as the next record; true if there is a halving among them.
+  bool WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flags = 0);
+  bool PlanToken(int32_t plan, cuda::Uploader& uploader);  // the same
   // Whether all but the write of a token may run ahead of it, halvings first, for all layers in one launch each: under the schedule
   // of rounds a list can contain the token that fills it.
   bool Hoistable() const { return config_.schedule == Schedule::kBudget; }

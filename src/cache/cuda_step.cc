@@ -135,12 +135,14 @@ bool CudaCache::HasRoom(int32_t plan) const {
   return ring.write + most <= capacity || most < oldest;
 }
 
-void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flags) {
+bool CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flags) {
   RingState& ring = parts_.ring_states[plan];
   const cuda::Ring& device = parts_.ring_copies[plan];
   int32_t* at = parts_.record + cuda::kRecordHeader;
-  for (int64_t i = 0; i < plans_.operations.size(); ++i)
+  for (int64_t i = 0; i < plans_.operations.size(); ++i) {
     at = Encode(plans_.operations[i], plans_.operations.slots(plans_.operations[i]), at);
+    if (plans_.operations[i].kind == plan::OpKind::kHalve) flags |= cuda::kHalves;
+  }
   const auto words = static_cast<int32_t>(at - parts_.record);
   const int32_t tag = cuda::RecordTag(static_cast<int32_t>(++ring.written));
   parts_.record[0] = tag;
@@ -155,15 +157,13 @@ void CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flag
   ring.begin[ring.written % RingState::kMostSteps] = ring.write;
   uploader.Add(device.words + ring.write, parts_.record, static_cast<size_t>(words) * sizeof(int32_t));
   ring.write += words;
+  return (flags & cuda::kHalves) != 0;
 }
 
 bool CudaCache::PlanToken(int32_t plan, cuda::Uploader& uploader) {
   plans_.operations.Clear();
   plans_.plans[plan].plan.Append(1, plans_.operations);
-  WriteRecord(plan, uploader);
-  for (int64_t i = 0; i < plans_.operations.size(); ++i)
-    if (plans_.operations[i].kind == plan::OpKind::kHalve) return true;
-  return false;
+  return WriteRecord(plan, uploader);
 }
 
 CudaCache::Ahead CudaCache::PlanStep(int32_t layer, cuda::Uploader& uploader) {
@@ -212,6 +212,7 @@ cuda::ExecuteArgs CudaCache::Arguments(const Input& input, int32_t layer) const 
   }
   args.halve = Halve();
   args.launch_early = traits_.attend[0].dependent_launches;
+  args.multiprocessors = traits_.multiprocessors;
   return args;
 }
 

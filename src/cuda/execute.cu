@@ -1,4 +1,5 @@
 // Steps: the records of a ring executed on slabs, one block per head, operations in order.
+#include <algorithm>
 #include <limits>
 
 #include "src/cuda/device.cuh"
@@ -376,6 +377,44 @@ __device__ void AskFor(const Head& head, const Ring& ring, int32_t key_dim) {
   ask(head.protected_slot, head.protect * floats);
 }
 
+// The halvings of one record of every head: few heads have one, and many blocks that find nothing to do would take long, one to a
+// multiprocessor. So each thread looks at a head, and the block then works on those that it found.
+// grid: blocks, which take heads in turns; (layers * kv_heads) heads of every cache, caches side by side.
+template <class T>
+__global__ __launch_bounds__(kThreads) void HalvingsKernel(const __grid_constant__ ExecuteArgs args) {
+  extern __shared__ __align__(16) char shared[];
+  __shared__ const int32_t* records[kThreads];
+  __shared__ const Head* heads[kThreads];
+  __shared__ int32_t found;
+  const int32_t each = args.layers * args.kv_heads, total = args.caches * each;
+  const auto blocks = static_cast<int32_t>(gridDim.x), thread = static_cast<int32_t>(threadIdx.x);
+  DependentsMayStart();
+  WaitForKernelBefore();
+  for (int32_t first = static_cast<int32_t>(blockIdx.x); first < total; first += blocks * kThreads) {
+    if (thread == 0) found = 0;
+    __syncthreads();
+    if (const int32_t index = first + thread * blocks; index < total) {
+      const Head& head = args.heads[index / each][index % each];
+      const Ring& ring = args.rings[index / each][head.plan];
+      int32_t offset = ring.cursor;
+      const int32_t* record = FindRecord(ring, ring.sequence + 1, offset);
+      if (record != nullptr && (record[2] & kHalves) != 0) {
+        const int32_t at = atomicAdd(&found, 1);
+        records[at] = record;
+        heads[at] = &head;
+      }
+    }
+    __syncthreads();
+    const int32_t count = found;
+    for (int32_t i = 0; i < count; ++i) {
+      const int32_t* body = records[i] + kRecordHeader;
+      const Worker<T, Part::kHalvings> worker{args, *heads[i], shared, nullptr, nullptr, nullptr};
+      worker.Run(body, body + records[i][1], nullptr, nullptr);
+    }
+    __syncthreads();
+  }
+}
+
 // This block's row of k or v, of one step.
 __device__ const char* RowAt(const ExecuteArgs& args, const Rows& rows, int64_t cache_stride, int64_t layer_stride,
                              int64_t step) {
@@ -386,7 +425,7 @@ __device__ const char* RowAt(const ExecuteArgs& args, const Rows& rows, int64_t 
   return static_cast<const char*>(rows.data) + element * SizeOf(rows.dtype);
 }
 
-// grid: (layers * kv_heads, caches); kAll, kHalvings or kAdmissions.
+// grid: (layers * kv_heads, caches); kAll or kAdmissions.
 template <class T, Part kPart>
 __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant__ ExecuteArgs args) {
   extern __shared__ __align__(16) char shared[];
@@ -422,7 +461,7 @@ __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant_
     }
   }
   if (kPart == Part::kAdmissions && !complete && head.leader && threadIdx.x == 0) ring.slot = -1;
-  if (kPart != Part::kHalvings) Arrive<kPart>(ring, offset, sequence, complete);
+  Arrive<kPart>(ring, offset, sequence, complete);
 }
 
 // The same grid: the write of the record whose admissions are done.
@@ -472,7 +511,9 @@ size_t HalveScratch(int32_t longest_list) {
 }
 
 void Execute(const ExecuteArgs& args, cudaStream_t stream) {
-  const dim3 grid(static_cast<uint32_t>(args.layers * args.kv_heads), static_cast<uint32_t>(args.caches));
+  const auto heads = static_cast<uint32_t>(args.layers * args.kv_heads), caches = static_cast<uint32_t>(args.caches);
+  dim3 grid(heads, caches);
+  if (args.part == Part::kHalvings) grid = std::min(heads * caches, static_cast<uint32_t>(args.multiprocessors));
   WithStorage(args.dtype, [&](auto type) {
     using T = decltype(type);
     const size_t shared = HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim);
@@ -487,7 +528,7 @@ void Execute(const ExecuteArgs& args, cudaStream_t stream) {
     if (args.part == Part::kAll)
       cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kAll>, args);
     else if (args.part == Part::kHalvings)
-      cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kHalvings>, args);
+      cudaLaunchKernelEx(&config, HalvingsKernel<T>, args);
     else if (args.part == Part::kAdmissions)
       cudaLaunchKernelEx(&config, ExecuteKernel<T, Part::kAdmissions>, args);
     else

@@ -87,6 +87,7 @@ struct ExecuteArgs {
   int32_t caches, layers, kv_heads, steps;
   Part part;
   bool launch_early;  // AttendMachine::dependent_launches
+  int32_t multiprocessors;
   int32_t key_dim, value_dim;
   DType dtype;
   Rows k, v;

@@ -15,6 +15,7 @@ inline constexpr int32_t kJump = -1;
 constexpr int32_t RecordTag(int32_t sequence) {
   return static_cast<int32_t>(static_cast<uint32_t>(sequence) * 0x9E3779B1u + 0x7F4A7C15u);
 }
+inline constexpr int32_t kHalves = 2;  // flag: there is a kRingHalve among the operations
 inline constexpr int32_t kRefresh =
     1;  // flag: Head::protect has changed, and which protected entry is the weakest may have
 
