@@ -257,7 +257,7 @@ def step_rows(express, quick):
     """Append, due halvings and attend of all layers for one token, replayed from a graph."""
     layers, q_heads, kv_heads, dim, rows = 32, 32, 8, 128, []
     print("\nwhole decode step, 32 layers, graph replay\nbatch budget  tokens   p50 us   p99 us   max us  max/p50  halving share  MB")
-    for batch, budget in ((1, 512), (1, 1024), (1, 4096), (16, 1024)) if not quick else ((1, 512),):
+    for batch, budget in ((1, 512), (1, 1024), (1, 4096), (16, 1024), (64, 1024), (256, 1024)) if not quick else ((1, 512),):
         stream = torch.cuda.Stream()
         caches = (C.c_void_p * batch)()
         for i in range(batch):
@@ -282,7 +282,7 @@ def step_rows(express, quick):
             torch.cuda.synchronize()
             with torch.cuda.graph(graph, stream=stream):
                 step()
-            tokens, times = min(64 * budget, 24000 if batch == 1 else 8000), []
+            tokens, times = min(64 * budget, 24000 if batch == 1 else 8000 if batch == 16 else 2048), []
             prepare = 64
             for first in range(0, tokens, prepare):
                 torch.cuda.synchronize()

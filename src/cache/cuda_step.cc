@@ -141,7 +141,8 @@ bool CudaCache::WriteRecord(int32_t plan, cuda::Uploader& uploader, int32_t flag
   int32_t* at = parts_.record + cuda::kRecordHeader;
   for (int64_t i = 0; i < plans_.operations.size(); ++i) {
     at = Encode(plans_.operations[i], plans_.operations.slots(plans_.operations[i]), at);
-    if (plans_.operations[i].kind == plan::OpKind::kHalve) flags |= cuda::kHalves;
+    if (plans_.operations[i].kind == plan::OpKind::kHalve)
+      flags |= cuda::kHalves | (plans_.operations[i].count > cuda::kShortList ? cuda::kHalvesLong : 0);
   }
   const auto words = static_cast<int32_t>(at - parts_.record);
   const int32_t tag = cuda::RecordTag(static_cast<int32_t>(++ring.written));

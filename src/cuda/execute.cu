@@ -12,6 +12,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
+static_assert(kShortList == kWarpList);
 constexpr int32_t kMostDim = 1024;
 constexpr int64_t kRun = 256;  // departures that a mean is taken over, as on the CPU
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
@@ -24,6 +25,21 @@ __device__ int64_t Long(const int32_t* words) {
 // What of a record each operation belongs to.
 __device__ Part PartOf(int32_t kind) {
   return kind == kRingWrite ? Part::kWrites : kind == kRingHalve ? Part::kHalvings : Part::kAdmissions;
+}
+
+// Words of an operation.
+__device__ int32_t Words(int32_t kind, int32_t count) {
+  switch (kind) {
+    case kRingWrite:
+    case kRingAdmit:
+      return 4;
+    case kRingSample:
+      return 10;
+    case kRingHalve:
+      return 4 + count;
+    default:
+      return 1 + count;
+  }
 }
 
 // One head at work. Every function is called by all threads of the block and ends with a barrier. kPart: of the records; what has
@@ -281,48 +297,43 @@ struct Worker {
     __syncthreads();
   }
 
-  // The body of one record.
+  // One warp has a list of at most kShortList entries; `warp_shared`: HalveWarpBytes.
+  __device__ void HalveShort(int64_t number, float log_weight, const int32_t* slots, int32_t count, char* warp_shared,
+                             uint8_t* keep) const {
+    const int lane = thread % kWarp;
+    HalveList<NumberOf<T>, kWarp, kWarpList>(RowsOf{*this, slots}, count, args.key_dim, args.value_dim, args.halve,
+                                             head.stream, static_cast<uint64_t>(number), nullptr, warp_shared, keep);
+    for (int32_t a = 0; a < count / 2; ++a)
+      if (keep[a] != 0) MoveEntry<false>(slots[2 * a + 1], slots[2 * a], lane, kWarp);
+    if (head.leader)
+      for (int32_t i = lane; i < count; i += kWarp)
+        head.log_weight[slots[i]] = i % 2 == 0 ? log_weight : kMinusInfinity;
+    __syncwarp();
+  }
+
+  // The body of one record: what kPart is of it.
   __device__ void Run(const int32_t* at, const int32_t* end, const char* k, const char* v) const {
     while (at < end) {
       const int32_t kind = at[0] & 15, count = at[0] >> 4;
-      const bool now = kPart == Part::kAll || kPart == PartOf(kind);
-      switch (kind) {
-        case kRingWrite:
-          if constexpr (kPart == Part::kAll) Write(k, v, Long(at + 1), at[3]);
-          at += 4;
-          break;
-        case kRingCentre:
-          if (now) Centre(at + 1, count);
-          at += 1 + count;
-          break;
-        case kRingAdmit:
-          if (now) Admit(at[3], Long(at + 1));
-          at += 4;
-          break;
-        case kRingSample:
-          if (now) Sample(Long(at + 1), Long(at + 3), Long(at + 5), __int_as_float(at[7]), at[8], at[9]);
-          at += 10;
-          break;
-        case kRingHalve:
-          if constexpr (kPart != Part::kAdmissions)
-            if (now) Halve(Long(at + 1), __int_as_float(at[3]), at + 4, count);
-          at += 4 + count;
-          break;
-        case kRingFree:
-          if (now) Free(at + 1, count);
-          at += 1 + count;
-          break;
-        case kRingEvict:  // records of these stand alone
-          if constexpr (kPart == Part::kAll) Evict();
-          at += 1;
-          break;
-        case kRingMove:
-          if constexpr (kPart == Part::kAll) Move(at + 1, count);
-          at += 1 + count;
-          break;
-        default:
-          return;
-      }
+      if (kPart == Part::kAll || kPart == PartOf(kind)) RunOne(at, kind, count, k, v);
+      at += Words(kind, count);
+    }
+  }
+  __device__ __forceinline__ void RunOne(const int32_t* at, int32_t kind, int32_t count, const char* k,
+                                         const char* v) const {
+    if constexpr (kPart == Part::kAll || kPart == Part::kHalvings)
+      if (kind == kRingHalve) return Halve(Long(at + 1), __int_as_float(at[3]), at + 4, count);
+    if constexpr (kPart == Part::kAll || kPart == Part::kAdmissions) {
+      if (kind == kRingCentre) return Centre(at + 1, count);
+      if (kind == kRingAdmit) return Admit(at[3], Long(at + 1));
+      if (kind == kRingSample)
+        return Sample(Long(at + 1), Long(at + 3), Long(at + 5), __int_as_float(at[7]), at[8], at[9]);
+      if (kind == kRingFree) return Free(at + 1, count);
+    }
+    if constexpr (kPart == Part::kAll) {  // the last two stand alone in records of their own
+      if (kind == kRingWrite) return Write(k, v, Long(at + 1), at[3]);
+      if (kind == kRingEvict) return Evict();
+      if (kind == kRingMove) return Move(at + 1, count);
     }
   }
 };
@@ -378,37 +389,51 @@ __device__ void AskFor(const Head& head, const Ring& ring, int32_t key_dim) {
 }
 
 // The halvings of one record of every head: few heads have one, and many blocks that find nothing to do would take long, one to a
-// multiprocessor. So each thread looks at a head, and the block then works on those that it found.
+// multiprocessor. So each thread looks at a head, and the block then works on those that it found: a warp has a head whose lists
+// are short, as most are, all of the block one with a long list.
 // grid: blocks, which take heads in turns; (layers * kv_heads) heads of every cache, caches side by side.
 template <class T>
 __global__ __launch_bounds__(kThreads) void HalvingsKernel(const __grid_constant__ ExecuteArgs args) {
   extern __shared__ __align__(16) char shared[];
-  __shared__ const int32_t* records[kThreads];
+  __shared__ const int32_t* records[kThreads];  // those with short lists from the front, the others from the back
   __shared__ const Head* heads[kThreads];
-  __shared__ int32_t found;
+  __shared__ int32_t found[2];
+  __shared__ uint8_t keep[kWarps][kShortList / 2];
+  using HeadWorker = Worker<T, Part::kHalvings>;
   const int32_t each = args.layers * args.kv_heads, total = args.caches * each;
-  const auto blocks = static_cast<int32_t>(gridDim.x), thread = static_cast<int32_t>(threadIdx.x);
+  const auto blocks = static_cast<int32_t>(gridDim.x), thread = static_cast<int32_t>(threadIdx.x),
+             warp = thread / kWarp;
   DependentsMayStart();
   WaitForKernelBefore();
   for (int32_t first = static_cast<int32_t>(blockIdx.x); first < total; first += blocks * kThreads) {
-    if (thread == 0) found = 0;
+    if (thread < 2) found[thread] = 0;
     __syncthreads();
     if (const int32_t index = first + thread * blocks; index < total) {
       const Head& head = args.heads[index / each][index % each];
       const Ring& ring = args.rings[index / each][head.plan];
       int32_t offset = ring.cursor;
       const int32_t* record = FindRecord(ring, ring.sequence + 1, offset);
-      if (record != nullptr && (record[2] & kHalves) != 0) {
-        const int32_t at = atomicAdd(&found, 1);
-        records[at] = record;
-        heads[at] = &head;
+      if (record != nullptr && (record[2] & (kHalves | kHalvesLong)) != 0) {
+        const int longs = (record[2] & kHalvesLong) != 0 ? 1 : 0;
+        const int32_t at = atomicAdd(&found[longs], 1), place = longs != 0 ? kThreads - 1 - at : at;
+        records[place] = record;
+        heads[place] = &head;
       }
     }
     __syncthreads();
-    const int32_t count = found;
-    for (int32_t i = 0; i < count; ++i) {
+    const int32_t shorts = found[0], longs = found[1];
+    for (int32_t i = warp; i < shorts; i += kWarps) {
+      const HeadWorker worker{args, *heads[i], nullptr, nullptr, nullptr, nullptr};
+      const int32_t* at = records[i] + kRecordHeader;
+      for (const int32_t* end = at + records[i][1]; at < end; at += Words(at[0] & 15, at[0] >> 4))
+        if ((at[0] & 15) == kRingHalve)
+          worker.HalveShort(Long(at + 1), __int_as_float(at[3]), at + 4, at[0] >> 4,
+                            shared + static_cast<size_t>(warp) * HalveWarpBytes(args.key_dim), keep[warp]);
+    }
+    __syncthreads();
+    for (int32_t i = kThreads - longs; i < kThreads; ++i) {
+      const HeadWorker worker{args, *heads[i], shared, nullptr, nullptr, nullptr};
       const int32_t* body = records[i] + kRecordHeader;
-      const Worker<T, Part::kHalvings> worker{args, *heads[i], shared, nullptr, nullptr, nullptr};
       worker.Run(body, body + records[i][1], nullptr, nullptr);
     }
     __syncthreads();
@@ -516,7 +541,8 @@ void Execute(const ExecuteArgs& args, cudaStream_t stream) {
   if (args.part == Part::kHalvings) grid = std::min(heads * caches, static_cast<uint32_t>(args.multiprocessors));
   WithStorage(args.dtype, [&](auto type) {
     using T = decltype(type);
-    const size_t shared = HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim);
+    const size_t shared =
+        std::max(HalveSharedBytes<NumberOf<T>>(args.key_dim, args.value_dim), kWarps * HalveWarpBytes(args.key_dim));
     cudaLaunchAttribute early = LaunchEarly();
     const cudaLaunchConfig_t config{
         .gridDim = grid,

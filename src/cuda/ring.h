@@ -15,9 +15,11 @@ inline constexpr int32_t kJump = -1;
 constexpr int32_t RecordTag(int32_t sequence) {
   return static_cast<int32_t>(static_cast<uint32_t>(sequence) * 0x9E3779B1u + 0x7F4A7C15u);
 }
-inline constexpr int32_t kHalves = 2;  // flag: there is a kRingHalve among the operations
-inline constexpr int32_t kRefresh =
-    1;  // flag: Head::protect has changed, and which protected entry is the weakest may have
+// Flags.
+inline constexpr int32_t kRefresh = 1;  // Head::protect has changed, and which protected entry is the weakest may have
+inline constexpr int32_t kHalves = 2;   // there is a kRingHalve among the operations,
+inline constexpr int32_t kHalvesLong = 4;  // and one of more than kShortList entries
+inline constexpr int32_t kShortList = 16;
 
 // Operations: word 0 is kind | count << 4, then what the kind has; 64-bit numbers take two words, low first. What a token brings is
 // written last: all that goes before touches nothing of it.
