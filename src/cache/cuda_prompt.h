@@ -183,8 +183,8 @@ class PromptRun {
   void* workspace_;
   cuda::Rows k_, v_;                // as they came
   cuda::Rows stored_k_, stored_v_;  // as they are stored: the same, or in 8 bits
-  int64_t first_position_;  // of row 0
-  int64_t block_;           // 0: no attention
+  int64_t first_position_;          // of row 0
+  int64_t block_;                   // 0: no attention
   Shape shape_;
   Memory memory_{};
   std::vector<PlanMemory> plan_memory_;
