@@ -120,10 +120,10 @@ def memory(folder, results):
 
 def compute(folder, results):
     step, decode, generate = (load(folder, name) for name in ("h200_step.json", "h200_decode.json", "h100_generate.json"))
-    rows = [[str(row["batch"]), str(row["budget"]), str(row["tokens"]), f"{row['p50_us']:.0f}", f"{row['p99_us']:.0f}", f"{row['max_us']:.0f}", f"{row['max_us'] / row['p50_us']:.2f}", f"{100 * row['halving_share']:.1f} %"]
+    rows = [[str(row["batch"]), str(row["budget"]), row["storage"], str(row["tokens"]), f"{row['p50_us']:.0f}", f"{row['p99_us']:.0f}", f"{row['max_us']:.0f}", f"{row['max_us'] / row['p50_us']:.2f}", f"{100 * row['halving_share']:.1f} %"]
             for row in step["rows"]]
     lines = [f"{step['machine']}, 32 layers of 32 query / 8 KV heads of 128: append, halvings and attention of a token, over so many tokens ([h200_step.json](h200_step.json)). Flat: the slowest token of the stream against the median.", ""]
-    lines += report.table(["batch", "entries", "tokens", "median, µs", "99 %", "max", "max ÷ median", "halvings' share"], rows)
+    lines += report.table(["batch", "entries", "slots", "tokens", "median, µs", "99 %", "max", "max ÷ median", "halvings' share"], rows)
     rows = []
     for batch in (1, 16):
         ours = find(decode["rows"], method="express", batch=batch, budget=1024)[0]["us"]

@@ -115,7 +115,7 @@ def prefill_rows(express, quick):
     alone, after which the device has nothing to do: there the host's planning and launches show. `host_ms`: what a layer takes
     of the host, of the layers in a row."""
     heads, dim, rows = 32, 128, []
-    print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method            ms    single      host  TFLOP/s  rel. error"
+    print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method               ms    single      host  TFLOP/s  rel. error"
           "  budget block  workspace MB")
     for n in (512, 1024, 2048, 4096, 8192, 32768, 131072) + (() if quick else (524288,)):
         layers, repeats = (1, 3) if n > 200000 else (4, 5)
@@ -127,7 +127,7 @@ def prefill_rows(express, quick):
             error = 0.0 if exact is None else rel_error(out, exact)
             rows.append({"n": n, "method": method, "ms": time * 1e3, "single_ms": single * 1e3, "host_ms": host * 1e3, "tflops": flops / time / 1e12,
                          "rel_error": error, "budget": budget, "block": block, "workspace_bytes": workspace})
-            print(f"{n:7d}  {method:12s} {time * 1e3:9.3f} {single * 1e3:9.3f} {host * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}"
+            print(f"{n:7d}  {method:15s} {time * 1e3:9.3f} {single * 1e3:9.3f} {host * 1e3:9.3f} {flops / time / 1e12:8.1f}  {error:10.5f}"
                   + (f"  {budget:6d} {block:5d} {workspace / 1e6:8.1f}" if budget else ""))
 
         for name, backend in (("flash", FLASH), ("cudnn", CUDNN)):
@@ -138,10 +138,11 @@ def prefill_rows(express, quick):
                 single = time if layers == 1 else seconds(run, repeats, 1)
             report(name, time / layers, single, host / layers, 2 * n * n * dim * heads, out)
             exact = out if exact is None else exact
-        for budget, block in ((1024, 128), (1024, 256), (1024, 512), (1024, 1024), (2048, 512), (4096, 512)):
+        for method, dtype, budget, block in (*(("express", BF16, 1024, block) for block in (128, 256, 512, 1024)), ("express", BF16, 2048, 512),
+                                             ("express", BF16, 4096, 512), ("express, 8 bits", I8, 1024, 256)):
             def create():
                 return express.create(layers=layers, query_heads=heads, kv_heads=heads, key_dim=dim, value_dim=dim, budget=budget,
-                                      prefill_block=block)
+                                      dtype=dtype, prefill_block=block)
 
             cache = create()
             size = C.c_size_t()
@@ -169,7 +170,7 @@ def prefill_rows(express, quick):
             # What the kernel computes: keys seen by each query, to within the block's triangle.
             seen = sum(min(b * block, budget) * min(block, n - b * block) + min(block, n - b * block) ** 2 / 2
                        for b in range((n + block - 1) // block))
-            report("express", time, single, host, 4 * dim * heads * seen, out, budget, block, size.value)
+            report(method, time, single, host, 4 * dim * heads * seen, out, budget, block, size.value)
             express.call("express_destroy", C.byref(cache))
             del scratch
         del q, k, v, nhd, exact, out
@@ -256,13 +257,15 @@ def decode_rows(express, read, quick):
 def step_rows(express, quick):
     """Append, due halvings and attend of all layers for one token, replayed from a graph."""
     layers, q_heads, kv_heads, dim, rows = 32, 32, 8, 128, []
-    print("\nwhole decode step, 32 layers, graph replay\nbatch budget  tokens   p50 us   p99 us   max us  max/p50  halving share  MB")
-    for batch, budget in ((1, 512), (1, 1024), (1, 4096), (16, 1024), (64, 1024), (256, 1024)) if not quick else ((1, 512),):
+    print("\nwhole decode step, 32 layers, graph replay\nbatch budget slots  tokens   p50 us   p99 us   max us  max/p50  halving share  MB")
+    steps = ((1, 512, "bf16"), (1, 1024, "bf16"), (1, 1024, "i8"), (1, 4096, "bf16"), (16, 1024, "bf16"), (16, 1024, "i8"), (64, 1024, "bf16"),
+             (256, 1024, "bf16"))
+    for batch, budget, storage in steps[:1] if quick else steps:
         stream = torch.cuda.Stream()
         caches = (C.c_void_p * batch)()
         for i in range(batch):
             caches[i] = express.create(layers=layers, query_heads=q_heads, kv_heads=kv_heads, key_dim=dim, value_dim=dim,
-                                       budget=budget, seed=i, stream=stream.cuda_stream).value
+                                       budget=budget, dtype={"bf16": BF16, "i8": I8}[storage], seed=i, stream=stream.cuda_stream).value
         size = C.c_int64()
         express.call("express_bytes", C.c_void_p(caches[0]), C.byref(size))
         pool = [random_heads(64 * batch, kv_heads, dim, s).view(64, batch, kv_heads, dim) for s in (1, 2)]
@@ -301,11 +304,11 @@ def step_rows(express, quick):
                 times += [a.elapsed_time(b) * 1e3 for a, b in events]
         full = sorted(times[budget:])  # once the budget is used
         p50 = full[len(full) // 2]
-        row = {"batch": batch, "budget": budget, "tokens": len(times), "p50_us": p50, "p99_us": full[int(len(full) * 0.99)],
+        row = {"batch": batch, "budget": budget, "storage": storage, "tokens": len(times), "p50_us": p50, "p99_us": full[int(len(full) * 0.99)],
                "max_us": full[-1], "halving_share": sum(max(0.0, t - p50) for t in full) / sum(full),
                "cache_bytes": size.value}
         rows.append(row)
-        print(f"{batch:5d} {budget:6d} {len(times):7d} {p50:8.1f} {row['p99_us']:8.1f} {row['max_us']:8.1f} {row['max_us'] / p50:8.2f}"
+        print(f"{batch:5d} {budget:6d} {storage:>5s} {len(times):7d} {p50:8.1f} {row['p99_us']:8.1f} {row['max_us']:8.1f} {row['max_us'] / p50:8.2f}"
               f" {row['halving_share']:14.4f} {size.value / 1e6:8.1f}")
         for i in range(batch):
             express.call("express_destroy", C.byref(C.c_void_p(caches[i])))
