@@ -1,6 +1,7 @@
 // The cache against the same code without compression (a budget that holds everything): decode attention, whole decode steps, prefill.
 // Every figure comes with its floor: the memory's read bandwidth or the processor's multiply-add rate, measured in the same run.
 #include <algorithm>
+#include <cmath>
 #include <string>
 
 #include "bench/floors.h"
@@ -215,6 +216,47 @@ void Prefill(benchmark::State& state) {
 }
 BENCHMARK(Prefill)->ArgName("n")->Arg(1024)->Arg(4096)->Arg(16384)->Arg(32768)->UseManualTime()->Iterations(1)->Unit(
     benchmark::kMillisecond);
+
+// What scores of protection without rotary positions cost: a cache that is given frequencies beside one that is not, in turns, over
+// n = 16 x budget tokens. Arguments: budget, tokens of a call (1: append and attend, more: prefill), storage type.
+void ScoreWithoutPosition(benchmark::State& state) {
+  const int64_t budget = state.range(0), n = 16 * budget, call = state.range(1);
+  Config config = MakeConfig(8, 2, budget, static_cast<DType>(state.range(2)));
+  config.threads = 1;
+  Tokens tokens(config, 256);
+  std::vector<float> frequencies;
+  for (int32_t i = 0; i < kDim / 2; ++i) frequencies.push_back(static_cast<float>(std::pow(500000.0, -2.0 * i / kDim)));
+  ExpressCache caches[2];
+  Check(ExpressCache::Create(config, &caches[0]), state);
+  config.rope_frequencies = frequencies;
+  Check(ExpressCache::Create(config, &caches[1]), state);
+  double seconds[2] = {};
+  for (auto _ : state) {
+    for (int64_t t = 0; t < n; t += call)
+      for (int i = 0; i < 2; ++i) {
+        const double begin = Seconds();
+        if (call > 1) {
+          Check(tokens.Prefill(caches[i], call), state);
+        } else {
+          Check(tokens.Append(caches[i], 1, t % 256), state);
+          Check(tokens.Attend(caches[i]), state);
+        }
+        seconds[i] += Seconds() - begin;
+      }
+    state.SetIterationTime(seconds[1]);
+  }
+  const auto tokens_seen = static_cast<double>(n * state.iterations());
+  state.counters["energy_ns_token"] = seconds[0] / tokens_seen * 1e9;
+  state.counters["without_position_ns_token"] = seconds[1] / tokens_seen * 1e9;
+  state.counters["ratio"] = seconds[1] / seconds[0];
+  state.SetLabel(Name(static_cast<DType>(state.range(2))));
+}
+BENCHMARK(ScoreWithoutPosition)
+    ->ArgNames({"budget", "call", "type"})
+    ->ArgsProduct({{256, 1024}, {1, 256}, {0, 2, 3}})
+    ->UseManualTime()
+    ->Iterations(3)
+    ->Unit(benchmark::kMillisecond);
 
 }  // namespace
 }  // namespace express::bench

@@ -19,7 +19,8 @@ class Config(C.Structure):  # express_config
         + [("level_floor", C.c_int64), ("max_levels", C.c_int64), ("seed", C.c_uint64)]
         + [(n, C.c_int32) for n in ("prefill_block", "auto_compress", "validate", "threads")]
         + [("parallel_for", C.c_void_p), ("parallel_for_context", C.c_void_p), ("stream", C.c_void_p)]
-        + [("head_budgets", C.c_int32), ("reserved", C.c_int32)])
+        + [("head_budgets", C.c_int32), ("protection_score", C.c_int32), ("rope_frequencies", C.c_void_p),
+           ("rope_frequency_count", C.c_int64), ("rope_layout", C.c_int32), ("reserved", C.c_int32)])
 
 
 class Tensor(C.Structure):  # express_tensor

@@ -72,9 +72,9 @@ Status CheckFlag(const char* name, int32_t value) {
 
 // A span over the caller's array, or what is wrong with it.
 template <class To, class From>
-Status Span(const char* name, const From* data, int64_t count, std::span<const To>* span) {
+Status Span(const char* name, const char* count_name, const From* data, int64_t count, std::span<const To>* span) {
   static_assert(sizeof(To) == sizeof(From) && alignof(To) == alignof(From));
-  if (count < 0) return Error(StatusCode::kInvalidArgument, "config.", name, "_count: expected >= 0, got ", count);
+  if (count < 0) return Error(StatusCode::kInvalidArgument, "config.", count_name, ": expected >= 0, got ", count);
   if (count > 0 && data == nullptr)
     return Error(StatusCode::kInvalidArgument, "config.", name, ": expected ", count, " elements, got NULL");
   *span = {reinterpret_cast<const To*>(data), static_cast<size_t>(count)};
@@ -129,8 +129,9 @@ Status ConvertConfig(const express_config* given, express::Config* to) {
   to->window = c.window;
   to->protected_entries = c.protected_entries;
   to->rollback_reserve = c.rollback_reserve;
-  EXPRESS_RETURN_IF_ERROR(Span("head_share", c.head_share, c.head_share_count, &to->head_share));
-  EXPRESS_RETURN_IF_ERROR(Span("head_settings", c.head_settings, c.head_settings_count, &to->head_settings));
+  EXPRESS_RETURN_IF_ERROR(Span("head_share", "head_share_count", c.head_share, c.head_share_count, &to->head_share));
+  EXPRESS_RETURN_IF_ERROR(
+      Span("head_settings", "head_settings_count", c.head_settings, c.head_settings_count, &to->head_settings));
   to->schedule = static_cast<express::Schedule>(c.schedule);
   to->halving = static_cast<express::Halving>(c.halving);
   to->weight_exponent = c.weight_exponent;
@@ -149,6 +150,10 @@ Status ConvertConfig(const express_config* given, express::Config* to) {
   to->parallel_for_context = c.parallel_for_context;
   to->stream = c.stream;
   to->head_budgets = static_cast<express::HeadBudgets>(c.head_budgets);
+  to->protection_score = static_cast<express::ProtectionScore>(c.protection_score);
+  EXPRESS_RETURN_IF_ERROR(Span("rope_frequencies", "rope_frequency_count", c.rope_frequencies, c.rope_frequency_count,
+                               &to->rope_frequencies));
+  to->rope_layout = static_cast<express::RopeLayout>(c.rope_layout);
   if (c.reserved != 0) return Error(StatusCode::kInvalidArgument, "config.reserved: expected 0, got ", c.reserved);
   return Status();
 }
@@ -163,6 +168,8 @@ static_assert(static_cast<int>(express::DeviceType::kCuda) == EXPRESS_DEVICE_CUD
 static_assert(static_cast<int>(express::Schedule::kRounds) == EXPRESS_SCHEDULE_ROUNDS);
 static_assert(static_cast<int>(express::Halving::kCoin) == EXPRESS_HALVING_COIN);
 static_assert(static_cast<int>(express::BudgetUnit::kBytes) == EXPRESS_BUDGET_BYTES);
+static_assert(static_cast<int>(express::ProtectionScore::kEnergyValue) == EXPRESS_PROTECTION_SCORE_ENERGY_VALUE);
+static_assert(static_cast<int>(express::RopeLayout::kInterleaved) == EXPRESS_ROPE_LAYOUT_INTERLEAVED);
 static_assert(static_cast<int>(express::HeadBudgets::kObserved) == EXPRESS_HEAD_BUDGETS_OBSERVED);
 static_assert(express::kAuto == EXPRESS_AUTO && express::kAllLayers == EXPRESS_AUTO);
 

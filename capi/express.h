@@ -135,6 +135,21 @@ typedef enum express_head_budgets {
   EXPRESS_HEAD_BUDGETS_OBSERVED = 2 /* follow the attention that heads are seen to pay to far tokens */
 } express_head_budgets;
 
+/* Since 1.1: by which score entries are protected; mu is the mean of the keys that departed lately, keys are taken without their rotary
+ * positions where rope_frequencies are given. */
+typedef enum express_protection_score {
+  EXPRESS_PROTECTION_SCORE_AUTO =
+      0, /* ENERGY_VALUE with rope_frequencies and a mean of 640 entries or more, else ENERGY */
+  EXPRESS_PROTECTION_SCORE_ENERGY = 1,      /* |k - mu|^2; without rope_frequencies what 1.0 did */
+  EXPRESS_PROTECTION_SCORE_ENERGY_VALUE = 2 /* |k - mu|^2 |v| */
+} express_protection_score;
+
+/* Since 1.1: which elements of a key are turned together, of 2 n that are (n = rope_frequency_count). */
+typedef enum express_rope_layout {
+  EXPRESS_ROPE_LAYOUT_HALVES = 0,     /* pair i is elements (i, n + i): Llama, Qwen, GPT-NeoX, Hugging Face's models */
+  EXPRESS_ROPE_LAYOUT_INTERLEAVED = 1 /* (2 i, 2 i + 1): GPT-J, Meta's own Llama code */
+} express_rope_layout;
+
 typedef enum express_budget_unit {
   EXPRESS_BUDGET_ENTRIES = 0, /* budget = entries per KV head, the mean over all layers and KV heads */
   EXPRESS_BUDGET_BYTES = 1    /* budget = bytes of the whole cache; the largest entry budget that fits is used */
@@ -184,8 +199,8 @@ typedef struct express_config {
   int32_t budget_unit; /* express_budget_unit */
   int64_t budget;
 
-  /* Kept exactly, with weight 1: the first tokens; the last tokens; and, among those that left the window, the ones whose
-   * keys lie farthest from the mean key. EXPRESS_AUTO divides each head's budget: its base (5/16 of the mean budget) goes
+  /* Kept exactly, with weight 1: the first tokens; the last tokens; and, among those that left the window, the ones that
+   * stand out most, by protection_score. EXPRESS_AUTO divides each head's budget: its base (5/16 of the mean budget) goes
    * to the window; of what it has beyond, 60 % to the window, 28 % to protected entries and 12 % to the weighted coreset;
    * with observed budgets and a mean below 1024 entries 70 % and 30 %, and the coreset is the smallest there can be.
    * The most recent token is always exact, also with window 0. */
@@ -245,7 +260,19 @@ typedef struct express_config {
    * where what is kept must depend on counts and keys alone, and in all processes that a model's heads or layers are split over.
    * Programs compiled before this field was there get FIXED. express_stats tells which it is. */
   int32_t head_budgets;
-  int32_t reserved; /* 0 */
+
+  /* Since 1.1. express_protection_score, and the rotary positions of the model's keys, which it needs to take them off for scoring (what
+   * is stored and attended to stays as it came). rope_frequencies: by how many radians each pair of elements is turned from one token to
+   * the next, finite and at most pi in magnitude, rope_theta^(-2 i / (2 n)) in a plain model; n = rope_frequency_count of them, 0 ..
+   * key_dim / 2, for the first 2 n elements of every key, in all layers and heads alike; copied. A token's position is its index in the
+   * cache's stream; a constant more makes no difference. None (NULL and 0, the default): not known, or the model has no rotary
+   * positions; keys are scored as they come. Give none where a model's frequencies differ by layer, change with the
+   * length, or positions are not counted token by token. With them the better entries are kept (measured: bench/results/quality). */
+  int32_t protection_score;
+  const float *rope_frequencies;
+  int64_t rope_frequency_count;
+  int32_t rope_layout; /* express_rope_layout */
+  int32_t reserved;    /* 0 */
 } express_config;
 
 #define EXPRESS_CONFIG_INIT                                                                                          \
@@ -253,7 +280,8 @@ typedef struct express_config {
     (uint32_t)sizeof(express_config), 1, 1, 1, 64, 64, EXPRESS_AUTO, EXPRESS_DTYPE_F32, EXPRESS_DEVICE_CPU, 0, 0, 0, \
         EXPRESS_BUDGET_ENTRIES, 1024, 4, EXPRESS_AUTO, EXPRESS_AUTO, 0, NULL, 0, NULL, 0, EXPRESS_SCHEDULE_BUDGET,   \
         EXPRESS_HALVING_KERNEL, EXPRESS_AUTO, 1.0, 0.1, 0.5, 0.6, EXPRESS_AUTO, EXPRESS_AUTO, 0, 256, 1, 0,          \
-        EXPRESS_AUTO, NULL, NULL, NULL, EXPRESS_HEAD_BUDGETS_AUTO, 0                                                 \
+        EXPRESS_AUTO, NULL, NULL, NULL, EXPRESS_HEAD_BUDGETS_AUTO, EXPRESS_PROTECTION_SCORE_AUTO, NULL, 0,           \
+        EXPRESS_ROPE_LAYOUT_HALVES, 0                                                                                \
   }
 
 /* The same as a function, for languages without the macro: fills the first struct_size bytes of *config with the

@@ -66,6 +66,9 @@ struct Config {
 
   void* stream = nullptr;  // cudaStream_t
   HeadBudgets head_budgets = HeadBudgets::kAuto;
+  ProtectionScore protection_score = ProtectionScore::kAuto;
+  std::span<const float> rope_frequencies;  // empty, or (pairs): radians per token
+  RopeLayout rope_layout = RopeLayout::kHalves;
 };
 
 }  // namespace express

@@ -38,6 +38,17 @@ enum class HeadBudgets : int32_t {
   kObserved = 2,  // follow the attention that heads are seen to pay to far tokens
 };
 
+enum class ProtectionScore : int32_t {
+  kAuto = 0,         // kEnergyValue with rotary frequencies and a mean of 640 entries or more, else kEnergy
+  kEnergy = 1,       // ||k - mu||^2, of keys without their positions where frequencies are given
+  kEnergyValue = 2,  // the same times ||v||
+};
+
+enum class RopeLayout : int32_t {
+  kHalves = 0,       // pair i is elements (i, pairs + i)
+  kInterleaved = 1,  // (2 i, 2 i + 1)
+};
+
 enum class BudgetUnit : int32_t { kEntries = 0, kBytes = 1 };
 
 // Bytes of one element.

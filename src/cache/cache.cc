@@ -7,13 +7,15 @@
 
 namespace express::cache {
 
-Cache::Cache(const Resolved& resolved, const Plans& plans, const Budgets& budgets, int64_t bytes, TensorCheck check)
+Cache::Cache(const Resolved& resolved, const KeptScoring* scoring, const Plans& plans, const Budgets& budgets,
+             int64_t bytes, TensorCheck check)
     : config_(resolved.config),
       plans_(plans),
       budgets_(budgets),
       bytes_(bytes),
       check_(check),
       mean_budget_(resolved.mean_entries) {
+  if (scoring != nullptr) config_.rope_frequencies = {scoring->frequencies, config_.rope_frequencies.size()};
   for (int32_t i = 0; i < plans_.plan_count; ++i)
     entries_budget_ += plans_.plans[i].plan.setting().budget * plans_.plans[i].head_count;
   ResetCounts();

@@ -100,7 +100,8 @@ class Cache {
     int64_t protected_count, weakest;
   };
 
-  Cache(const Resolved& resolved, const Plans& plans, const Budgets& budgets, int64_t bytes, TensorCheck check);
+  Cache(const Resolved& resolved, const KeptScoring* scoring, const Plans& plans, const Budgets& budgets, int64_t bytes,
+        TensorCheck check);
   virtual ~Cache() = default;
 
   // ---- the backend's part; arguments have been checked ----
@@ -190,7 +191,7 @@ class Cache {
   // After a mutating call on these layers: the entries held, and their peaks.
   void CountEntries(int32_t first_layer, int32_t layers);
 
-  Config config_;  // resolved; no spans
+  Config config_;  // resolved; its one span is the cache's own memory
   Plans plans_;
   Budgets budgets_;
   int64_t bytes_;

@@ -63,6 +63,7 @@ CpuParts CpuCache::Layout(const Shape& r, PlanSource source, Arena& arena) {
   const int64_t heads = int64_t{c.layers} * c.kv_heads;
   arena.Take<CpuCache>(1);
   CpuParts parts{};
+  parts.scoring = LayoutScoring(c, arena);
   parts.budgets = LayoutBudgets(r, arena);
   parts.plans = LayoutPlans(r, true, source, arena);
   parts.heads = arena.Take<HeadState>(heads);
@@ -94,7 +95,7 @@ CpuParts CpuCache::Layout(const Shape& r, PlanSource source, Arena& arena) {
 }
 
 CpuCache::CpuCache(const Resolved& resolved, const CpuParts& parts, int64_t bytes)
-    : Cache(resolved, parts.plans, parts.budgets, bytes, TensorCheck()),
+    : Cache(resolved, parts.scoring, parts.plans, parts.budgets, bytes, TensorCheck()),
       parts_(parts),
       threads_(resolved.threads, resolved.config.parallel_for, resolved.config.parallel_for_context),
       halve_{.scale = static_cast<float>(config_.scale),

@@ -38,6 +38,7 @@ struct BatchItem {
 
 // The parts of a cache, all in one arena.
 struct CpuParts {
+  KeptScoring* scoring;  // null where scores are energies of keys as they come
   Budgets budgets;
   Plans plans;
   HeadState* heads;  // (layers, kv_heads)

@@ -123,6 +123,16 @@ Status CheckCudaConfig(const Config& c) {
   return Status();
 }
 
+namespace {
+
+Scoring ScoringOf(const CudaParts& parts) {
+  Scoring scoring = parts.scoring != nullptr ? parts.scoring->scoring : Scoring{};
+  scoring.rotation.turns = parts.turns;
+  return scoring;
+}
+
+}  // namespace
+
 // Runs over counting arenas first; then `host` has host memory, and `device` device memory that is only addressed here.
 CudaParts CudaCache::Layout(const Shape& r, const PinnedMemory& pinned, Arena& host, Arena& device) {
   const Config& c = r.config;
@@ -130,6 +140,7 @@ CudaParts CudaCache::Layout(const Shape& r, const PinnedMemory& pinned, Arena& h
   // What another division of the same total can take more, by rounding: on the host, and on the device.
   const int64_t slack = r.largest != nullptr ? heads * 1024 : 0;
   CudaParts parts{};
+  parts.scoring = LayoutScoring(c, host);
   parts.budgets = LayoutBudgets(r, host);
   if (parts.budgets.observed != nullptr) parts.budgets.observed = pinned.observed;
   parts.plans_begin = host.Take<char>(0);
@@ -165,6 +176,7 @@ void CudaCache::LayoutFixed(const Shape& r, const PinnedMemory& pinned, Arena& d
   const int64_t heads = int64_t{c.layers} * c.kv_heads;
   parts->heads = device.Take<cuda::Head>(heads);
   parts->rings = device.Take<cuda::Ring>(parts->plans.plan_capacity);
+  if (WithoutPosition(c)) parts->turns = device.Take<uint64_t>(static_cast<int64_t>(c.rope_frequencies.size()));
   int64_t most = r.largest != nullptr ? r.largest->budget : 0;
   for (int64_t h = 0; h < heads; ++h) most = std::max(most, r.settings[h].budget);
   parts->slot_scratch = device.Take<int32_t>(std::max(2 * most, heads));
@@ -205,6 +217,7 @@ void CudaCache::LayoutFixed(const Shape& r, const PinnedMemory& pinned, Arena& d
     head.halve_scratch = scratches + (scratch + 255) / 256 * 256 * h;
     head.protected_count = counts + 2 * h;
     head.seen = parts->seen != nullptr ? parts->seen + h : nullptr;
+    head.scoring = ScoringOf(*parts);
     head.plan = parts->plans.head_plan[h];
     head.stream = MakeStreamKey(c.seed, static_cast<uint32_t>(c.first_layer + h / c.kv_heads),
                                 static_cast<uint32_t>(c.first_kv_head + h % c.kv_heads));
@@ -279,7 +292,7 @@ Status CudaCache::Bytes(const Resolved& resolved, int64_t* bytes) {
 
 CudaCache::CudaCache(const Resolved& resolved, const CudaParts& parts, int64_t bytes, void* device_memory,
                      int32_t* progress, DeviceTraits traits)
-    : Cache(resolved, parts.plans, parts.budgets, bytes, CudaTensorCheck(resolved.config.device_id)),
+    : Cache(resolved, parts.scoring, parts.plans, parts.budgets, bytes, CudaTensorCheck(resolved.config.device_id)),
       parts_(parts),
       device_memory_(device_memory),
       progress_(progress),
@@ -363,6 +376,9 @@ void CudaCache::InitDevice() {
   cuda::Uploader uploader(stream_);
   uploader.Add(parts_.heads, parts_.head_copies, static_cast<size_t>(heads) * sizeof(cuda::Head));
   uploader.Add(parts_.rings, parts_.ring_copies, static_cast<size_t>(plans_.plan_capacity) * sizeof(cuda::Ring));
+  if (parts_.scoring != nullptr)
+    uploader.Add(parts_.turns, parts_.scoring->scoring.rotation.turns,
+                 static_cast<size_t>(parts_.scoring->scoring.rotation.pairs) * sizeof(uint64_t));
   uploader.Flush();
   cuda::ResetHeads(parts_.heads, heads, parts_.rings, plans_.plan_count, config_.key_dim, stream_);
 }
@@ -402,6 +418,8 @@ Status CudaCache::BreakOn(const Status& status) {
   if (!status.ok()) broken_ = true;
   return status;
 }
+
+Scoring CudaCache::DeviceScoring() const { return ScoringOf(parts_); }
 
 cuda::HalveParams CudaCache::Halve() const {
   return {.scale = static_cast<float>(config_.scale),

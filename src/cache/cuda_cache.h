@@ -61,6 +61,8 @@ struct RingState {
 
 // Where the parts of a cache lie: on the device, and their descriptions on the host.
 struct CudaParts {
+  KeptScoring* scoring;     // host; null where scores are energies of keys as they come
+  uint64_t* turns;          // device (pairs)
   Budgets budgets;          // host; what was observed is in pinned memory
   Plans plans;              // host
   cuda::Head* head_copies;  // host (layers, kv_heads)
@@ -200,6 +202,7 @@ class CudaCache final : public Cache {
   template <class Body>
   Status ForEachArray(int32_t head, const HeadArrays& arrays, const Body& body) const;
   cuda::HalveParams Halve() const;
+  Scoring DeviceScoring() const;
 
   CudaParts parts_;
   void* device_memory_;

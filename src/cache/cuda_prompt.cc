@@ -456,6 +456,7 @@ void PromptRun::Admit(int32_t i) {
                .protect = static_cast<int32_t>(protect),
                .dtype = c.dtype,
                .k = stored_k_,
+               .v = stored_v_,
                .first = begun,
                .count = departures,
                .source_count = std::max<int64_t>(0, old - begin.departures),
@@ -464,7 +465,9 @@ void PromptRun::Admit(int32_t i) {
                .first_position = first_position_,
                .snapshot_at = plan_memory_[static_cast<size_t>(i)].snapshot_at,
                .snapshots = exact_ ? 0 : static_cast<int32_t>(span_->snapshots(i).size()),
-               .source_begin = std::min(old, begin.departures)},
+               .source_begin = std::min(old, begin.departures),
+               .value_dim = c.value_dim,
+               .scoring = cache_.DeviceScoring()},
               side_);
 }
 

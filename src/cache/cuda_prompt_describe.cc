@@ -58,6 +58,7 @@ void PromptRun::DescribeHeads(int32_t parity) {
       const HeadMemory& m = head_memory_[static_cast<size_t>(kv_head)];
       const cuda::Head& device = head(kv_head);
       admit_.push_back({.slab_key = device.key,
+                        .slab_value = device.value,
                         .slab_scale = device.scale,
                         .slab_position = device.position,
                         .mean = device.mean,
@@ -97,15 +98,15 @@ void PromptRun::DescribeHeads(int32_t parity) {
       continue;
     }
     const int64_t copied = g * memory_.slab_rows * SizeOf(k_.dtype);
-    prefill_heads_.push_back({.slab_key = scaled() ? memory_.slab_keys + copied * cache_.config_.key_dim : device.key,
-                              .slab_value =
-                                  scaled() ? memory_.slab_values + copied * cache_.config_.value_dim : device.value,
-                              .far_index = m.far_index[parity],
-                              .far_bias = m.far_bias[parity],
-                              .far_count = m.far_count[parity],
-                              .far_capacity = device.capacity,
-                              .sinks = static_cast<int32_t>(setting.sinks),
-                              .tail = static_cast<int32_t>(setting.tail())});
+    prefill_heads_.push_back(
+        {.slab_key = scaled() ? memory_.slab_keys + copied * cache_.config_.key_dim : device.key,
+         .slab_value = scaled() ? memory_.slab_values + copied * cache_.config_.value_dim : device.value,
+         .far_index = m.far_index[parity],
+         .far_bias = m.far_bias[parity],
+         .far_count = m.far_count[parity],
+         .far_capacity = device.capacity,
+         .sinks = static_cast<int32_t>(setting.sinks),
+         .tail = static_cast<int32_t>(setting.tail())});
   }
   const auto send = [&](auto* to, const auto& from) {
     uploader_.Add(to + parity * kv_heads, from.data(), from.size() * sizeof(from[0]));

@@ -130,6 +130,7 @@ void CpuCache::ApplyWeights(PlanState& state, int64_t op_begin, int64_t op_end) 
 void CpuCache::ExecuteHead(HeadState& head, const BatchItem& item, const Input* input, int32_t worker) {
   const int64_t begin = Nanoseconds();
   const cpu::Slab& slab = head.slab;
+  const Scoring scoring = parts_.scoring != nullptr ? parts_.scoring->scoring : Scoring{};
   cpu::ConstRows k{}, v{};
   int64_t first_position = 0;  // of the input's first row
   if (input != nullptr) {
@@ -151,10 +152,10 @@ void CpuCache::ExecuteHead(HeadState& head, const BatchItem& item, const Input* 
         break;
       }
       case plan::OpKind::kCentre:
-        cpu::CentreOn(head.protection, slab, slots, op.count);
+        cpu::CentreOn(head.protection, slab, slots, op.count, scoring);
         break;
       case plan::OpKind::kAdmit:
-        cpu::Admit(head.protection, slab, slots[0], static_cast<uint64_t>(op.number));
+        cpu::Admit(head.protection, slab, slots[0], static_cast<uint64_t>(op.number), scoring);
         break;
       case plan::OpKind::kSample:
         if (DrawChance(head.key, RandomPurpose::kSample, static_cast<uint64_t>(op.number),

@@ -99,4 +99,22 @@ Plans LayoutPlans(const Shape& r, bool host_weights, PlanSource source, Arena& a
   return out;
 }
 
+KeptScoring* LayoutScoring(const Config& c, Arena& arena) {
+  if (!WithoutPosition(c)) return nullptr;
+  const auto pairs = static_cast<int64_t>(c.rope_frequencies.size());
+  auto* scoring = arena.Take<KeptScoring>(1);
+  auto* frequencies = arena.Take<float>(pairs);
+  auto* turns = arena.Take<uint64_t>(pairs);
+  if (scoring == nullptr) return nullptr;
+  for (int64_t i = 0; i < pairs; ++i) {
+    frequencies[i] = c.rope_frequencies[static_cast<size_t>(i)];
+    turns[i] = TurnsOf(frequencies[i]);
+  }
+  *scoring = {.scoring = {.rotation = {turns, static_cast<int32_t>(pairs), static_cast<int32_t>(c.rope_layout)},
+                          .without_position = true,
+                          .value_norm = c.protection_score == ProtectionScore::kEnergyValue},
+              .frequencies = frequencies};
+  return scoring;
+}
+
 }  // namespace express::cache

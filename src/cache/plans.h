@@ -7,6 +7,7 @@
 
 #include "src/cache/resolve.h"
 #include "src/core/arena.h"
+#include "src/core/rotary.h"
 #include "src/plan/plan.h"
 
 namespace express::cache {
@@ -46,6 +47,14 @@ enum class PlanSource : uint8_t { kNew, kResized, kSplit };
 // Over a counting arena only the counts are of use. `host_weights`: PlanState::log_weight is laid out too. Where budgets are
 // observed all heads take the room of a plan, so that arrays lie at the same places however heads share plans.
 Plans LayoutPlans(const Shape& shape, bool host_weights, PlanSource source, Arena& arena);
+
+// Rotary positions, as scores of protection need them. The frequencies are kept: a saved cache must have been of the same.
+struct KeptScoring {
+  Scoring scoring;
+  const float* frequencies;  // (pairs)
+};
+// Null where scores are energies of keys as they come, which need none of this, and while counting.
+KeptScoring* LayoutScoring(const Config& config, Arena& arena);
 
 }  // namespace express::cache
 

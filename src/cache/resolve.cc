@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numbers>
 #include <numeric>
 #include <span>
 #include <thread>
@@ -86,6 +87,18 @@ Status CheckArrays(const Config& c) {
     if (!(c.head_share[i] >= 0 && std::isfinite(c.head_share[i])))
       return Error(StatusCode::kInvalidArgument, "config.head_share[", i, "]: expected a finite number >= 0, got ",
                    c.head_share[i]);
+  return Status();
+}
+
+Status CheckScore(const Config& c) {
+  EXPRESS_RETURN_IF_ERROR(InRange("protection_score", static_cast<int32_t>(c.protection_score), 0, 2));
+  EXPRESS_RETURN_IF_ERROR(InRange("rope_layout", static_cast<int32_t>(c.rope_layout), 0, 1));
+  EXPRESS_RETURN_IF_ERROR(InRange("rope_frequency_count", static_cast<int64_t>(c.rope_frequencies.size()), int64_t{0},
+                                  int64_t{c.key_dim / 2}));
+  for (size_t i = 0; i < c.rope_frequencies.size(); ++i)
+    if (!(std::abs(c.rope_frequencies[i]) <= std::numbers::pi_v<float>))
+      return Error(StatusCode::kInvalidArgument, "config.rope_frequencies[", i,
+                   "]: expected radians per token, of magnitude pi at most, got ", c.rope_frequencies[i]);
   return Status();
 }
 
@@ -201,6 +214,14 @@ plan::Shares SharesOf(const Config& c, int64_t base) {
   return SmallCoresets(c, base) ? plan::Shares{.window = 70, .protect = 30} : plan::Shares{};
 }
 
+// Where few entries are protected, those with large values would take the places of facts (measured, as above).
+constexpr int64_t kMeanWithValues = 640;
+
+ProtectionScore AutoScore(const Config& c, int64_t base) {
+  return !c.rope_frequencies.empty() && base >= BaseBudget(c, kMeanWithValues) ? ProtectionScore::kEnergyValue
+                                                                               : ProtectionScore::kEnergy;
+}
+
 // Four entries that stand for thousands of tokens are worth less than their weights say.
 double AutoExponent(const Config& c, int64_t base) { return SmallCoresets(c, base) ? 0.25 : 0.5; }
 
@@ -251,6 +272,7 @@ Status CheckConfig(const Config& c) {
   EXPRESS_RETURN_IF_ERROR(InRange("rollback_reserve", c.rollback_reserve, int64_t{0}, kMaxEntries));
   EXPRESS_RETURN_IF_ERROR(CheckArrays(c));
   EXPRESS_RETURN_IF_ERROR(CheckMethod(c));
+  EXPRESS_RETURN_IF_ERROR(CheckScore(c));
   EXPRESS_RETURN_IF_ERROR(InRange("prefill_block", c.prefill_block, 1, 1 << 20));
   EXPRESS_RETURN_IF_ERROR(InRange("head_budgets", static_cast<int32_t>(c.head_budgets), 0, 2));
   if (c.head_budgets == HeadBudgets::kObserved && !CanObserve(c))
@@ -281,6 +303,7 @@ Status ResolveEntries(const Config& c, int64_t mean, Resolved* resolved) {
 
   int64_t base = 0;
   const std::vector<int64_t> budgets = BudgetsOfHeads(c, mean, &base);
+  if (c.protection_score == ProtectionScore::kAuto) resolved->config.protection_score = AutoScore(c, base);
   if (c.weight_exponent == kAuto) resolved->config.weight_exponent = AutoExponent(c, base);
   resolved->settings.clear();
   resolved->mean_entries =

@@ -11,7 +11,7 @@
 
 namespace express::cache {
 
-// What a layout depends on.
+// What a layout depends on. config.rope_frequencies: the caller's, or the cache's own copy.
 struct Shape {
   const Config& config;
   int32_t threads;
@@ -21,9 +21,9 @@ struct Shape {
   const int32_t* leader = nullptr;
 };
 
-// A configuration without automatic values. The spans of `config` are not to be used any more.
+// A configuration without automatic values.
 struct Resolved {
-  Config config;
+  Config config;  // no spans but rope_frequencies, which is the caller's
   int32_t threads = 1;
   std::vector<plan::Setting> settings;  // (layers, kv_heads)
   int64_t mean_entries = 0;             // of a KV head
@@ -31,6 +31,11 @@ struct Resolved {
   bool observed() const { return config.head_budgets == HeadBudgets::kObserved; }
   Shape shape() const { return {config, threads, settings.data(), observed() ? &largest : nullptr}; }
 };
+
+// Of a configuration without automatic values: whether scores are other than energies of keys as they come.
+inline bool WithoutPosition(const Config& c) {
+  return c.protection_score == ProtectionScore::kEnergyValue || !c.rope_frequencies.empty();
+}
 
 // The base of a head where the mean is `mean`, and, where budgets are observed, the most that one head can get.
 int64_t BaseBudget(const Config& config, int64_t mean);

@@ -61,6 +61,10 @@ uint64_t Cache::Fingerprint() const {
   const auto add = [&](const auto&... fields) { (XXH3_64bits_update(&state, &fields, sizeof(fields)), ...); };
   add(c.layers, c.kv_heads, c.key_dim, c.value_dim, c.scale, c.dtype, c.first_layer, c.first_kv_head, c.halving,
       c.gamma, c.tau, c.delta, c.seed);
+  if (WithoutPosition(c)) {  // as before there was a choice, otherwise
+    add(c.protection_score, c.rope_layout, c.rope_frequencies.size());
+    for (const float frequency : c.rope_frequencies) add(frequency);
+  }
   const auto add_setting = [&](const plan::Setting& s) {
     add(s.budget, s.sinks, s.window, s.reserve, s.protect, s.schedule, s.level_fraction, s.level_floor, s.max_levels);
   };
@@ -189,8 +193,8 @@ Status Cache::Load(const void* data, size_t bytes) {
   const size_t needed = save_bytes_;
   if (header.format != FormatOf(config_.dtype) || header.fingerprint != Fingerprint() || header.bytes != needed)
     return Error(StatusCode::kInvalidArgument,
-                 "data: saved from a cache of another configuration: model, dtype, budgets, method and seed must be "
-                 "this cache's");
+                 "data: saved from a cache of another configuration: model, rotary frequencies, dtype, budgets, method "
+                 "and seed must be this cache's");
   if (bytes < needed) return Error(StatusCode::kInvalidArgument, "bytes: expected ", needed, ", got ", bytes);
   const char* const body = static_cast<const char*>(data) + sizeof(header);
   if (Hash(body, needed - sizeof(header)) != header.checksum)
@@ -230,8 +234,10 @@ Status Cache::Copy(const Cache& from) {
   if (config_.device_type != from.config_.device_type || config_.device_id != from.config_.device_id)
     return Error(StatusCode::kDeviceMismatch, "from: expected a cache on the same device");
   if (Fingerprint() != from.Fingerprint())
-    return Error(StatusCode::kInvalidArgument,
-                 "from: expected a cache of the same configuration: model, dtype, budgets, method and seed");
+    return Error(
+        StatusCode::kInvalidArgument,
+        "from: expected a cache of the same configuration: model, rotary frequencies, dtype, budgets, method and "
+        "seed");
   const bool observation_known = budgets_.observed == nullptr || from.ObservationKnown();
   if (budgets_.observed != nullptr) {
     EXPRESS_RETURN_IF_ERROR(BeginCopy());

@@ -16,6 +16,7 @@
 
 #include "express/types.h"
 #include "src/core/random.h"
+#include "src/core/rotary.h"
 
 namespace express::cpu {
 
@@ -70,21 +71,27 @@ bool AllFinite(const void* data, DType dtype, int64_t count);
 struct Protection {
   float* mean;       // (key_dim): mu, the centre of the scores
   float* sum;        // (key_dim): sum of the keys of the running run of departures
-  float* score;      // (capacity): ||k - mu||^2 at departure, for good
+  float* score;      // (capacity): that of the departure, for good
   int32_t* slot;     // (capacity)
   int64_t capacity;  // P
   int64_t count;     // protected so far
   int64_t weakest;   // index of the weakest when count == capacity: lowest score, among equals the youngest (largest
                      // position)
 };
+inline constexpr int32_t kScoreLanes = 8;
+
+// Scores. Of keys as they come: the energy ||k - mu||^2, summed in the order of the dimensions. Without positions: ||k' - mu||^2, or
+// ||k' - mu||^2 * ||v||, 0 unless it is positive; k' is the key without its rotary position, R(position)^-1 k, mu a mean of such keys,
+// and squared norms are summed in kScoreLanes lanes, element d in lane d % kScoreLanes, which are then added up in halves.
 
 // Sets the centre to the mean of the keys in slots[0, count): the exact tail at the first departure.
-void CentreOn(Protection& protection, const Slab& slab, const int32_t* slots, int64_t count);
+void CentreOn(Protection& protection, const Slab& slab, const int32_t* slots, int64_t count,
+              const Scoring& scoring = {});
 // The entry in `slot` leaves the tail as departure number `ordinal` (0-based). After every 256th
 // departure the mean becomes that of the run. The entry is scored and added to the sum. While the set is not full, the entry
 // joins where it is (the plan knows and leaves the slot alone from then on); afterwards, if its score is strictly
 // larger than the weakest's, the two entries swap contents, so that `slot` always ends up with the loser.
-void Admit(Protection& protection, const Slab& slab, int32_t slot, uint64_t ordinal);
+void Admit(Protection& protection, const Slab& slab, int32_t slot, uint64_t ordinal, const Scoring& scoring = {});
 // The weakest entry leaves the set, of which slot[count - 1] is given up: the two entries swap contents if they are not one. May
 // follow a change of `capacity` to fewer than `count`, until there are no more than that.
 void Evict(Protection& protection, const Slab& slab);

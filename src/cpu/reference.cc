@@ -173,10 +173,24 @@ Attention AttendCausal(const double* q, double scale, const Matrix& key, const M
   return result;
 }
 
+std::vector<double> WithoutPosition(const double* key, int64_t key_dim, int64_t position,
+                                    const std::vector<float>& frequency, bool interleaved) {
+  std::vector<double> out(key, key + key_dim);
+  const size_t pairs = frequency.size();
+  for (size_t i = 0; i < pairs; ++i) {
+    const double angle = static_cast<double>(position) * static_cast<double>(frequency[i]);
+    const size_t first = interleaved ? 2 * i : i, second = interleaved ? 2 * i + 1 : pairs + i;
+    const double x = key[first], y = key[second];
+    out[first] = x * std::cos(angle) + y * std::sin(angle);
+    out[second] = y * std::cos(angle) - x * std::sin(angle);
+  }
+  return out;
+}
+
 Protected::Protected(int64_t capacity, const Matrix& tail)
     : capacity_(static_cast<size_t>(capacity)), mean_(MeanRow(tail)), sum_(mean_.size()) {}
 
-int64_t Protected::Depart(const double* key) {
+int64_t Protected::Depart(const double* key, double factor) {
   const auto departure = score_.size();
   // mu is the mean of the last full run of 256 departures, and before the first that of the tail.
   if (departure > 0 && departure % 256 == 0) {
@@ -188,7 +202,7 @@ int64_t Protected::Depart(const double* key) {
     score += (key[d] - mean_[d]) * (key[d] - mean_[d]);
     sum_[d] += key[d];
   }
-  score_.push_back(score);
+  score_.push_back(score * factor);
   members_.push_back(static_cast<int64_t>(departure));
   if (members_.size() <= capacity_) return -1;
   size_t weakest = 0;  // the youngest of the lowest scores

@@ -77,7 +77,13 @@ Attention AttendCausal(const double* q, double scale, const Matrix& key, const M
 
 // ---- protected entries (DESIGN 3.5) ----
 
-// The P departures with the largest ||k - mu||^2 at the time of their departure, ties to the older.
+// R(position)^-1 k: a model has turned pair i of the key at position p by p * frequency i,
+//   x = x' cos - y' sin,  y = y' cos + x' sin.
+std::vector<double> WithoutPosition(const double* key, int64_t key_dim, int64_t position,
+                                    const std::vector<float>& frequency, bool interleaved);
+
+// The P departures with the largest ||k - mu||^2 * factor at the time of their departure, ties to the older. For the energy the
+// factor is 1; for the other score k has no rotary position and the factor is ||v||.
 class Protected {
  public:
   // `tail` are the keys of the exact tail at the first departure.
@@ -85,9 +91,10 @@ class Protected {
 
   // The next departure. Returns the departure (0-based) that is unprotected from now on: this one, an earlier one that
   // it displaces, or -1 while there is room.
-  int64_t Depart(const double* key);
+  int64_t Depart(const double* key, double factor = 1);
 
   const std::vector<int64_t>& members() const { return members_; }  // departures, oldest first
+  double score(int64_t departure) const { return score_[static_cast<size_t>(departure)]; }
 
  private:
   size_t capacity_;

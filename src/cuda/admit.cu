@@ -17,19 +17,20 @@ constexpr int64_t kRun = 256;  // departures that a mean is taken over
 constexpr int kThreads = 256;
 constexpr int kSummers = 128;                   // threads that sum, by dimension; the others score, by key
 constexpr int kMostTile = kThreads - kSummers;  // keys of a tile
-constexpr int64_t kTileBytes = 36 * 1024;       // of one of the two tiles at most: three blocks fit a multiprocessor
-constexpr int64_t kMostDim = 256;               // of keys
-constexpr int64_t kMostRuns = 16;               // of a block
-constexpr int64_t kBlocks = 352;                // that are wanted before a block takes more than one run
+constexpr int64_t kTileBytes = 36 * 1024;  // half of what the tiles take at most: three blocks fit a multiprocessor
+constexpr int64_t kMostDim = 256;          // of keys
+constexpr int64_t kMostRuns = 16;          // of a block
+constexpr int64_t kBlocks = 352;           // that are wanted before a block takes more than one run
 
 struct Shape {
   int32_t tile;    // keys
   int32_t stride;  // bytes of a row of the tile: an odd multiple of 16, so that lanes read different rows at once
   int32_t runs;    // of a block
+  int32_t scored_stride;  // of a row of keys as scores see them
 };
 
-// What one block does for one head.
-template <class T>
+// What one block does for one head. kUndo: scores without positions. Keys of a tile are turned back into another one, of floats.
+template <class T, bool kUndo>
 class Scorer {
  public:
   __device__ Scorer(const AdmitArgs& args, const Shape& shape, const AdmitHead& head, char* memory)
@@ -39,6 +40,8 @@ class Scorer {
         mean_(reinterpret_cast<float*>(memory)),
         sum_(mean_ + args.key_dim),
         tiles_(reinterpret_cast<char*>(sum_ + args.key_dim)),
+        undone_(tiles_ + 2 * shape.tile * shape.stride),
+        norms_(reinterpret_cast<float*>(undone_ + shape.tile * shape.scored_stride)),
         pieces_(args.key_dim * static_cast<int32_t>(sizeof(T)) / 16),
         first_row_(static_cast<int32_t>(threadIdx.x) / pieces_),
         first_piece_(static_cast<int32_t>(threadIdx.x) % pieces_) {}
@@ -58,7 +61,7 @@ class Scorer {
     } else {
       ForDimensions([&](int32_t d) { mean_[d] = sum_[d] = 0; });
     }
-    Stream(begin, end, [&](int64_t at, int32_t count, const char* tile) {
+    Stream(begin, end, mine, [&](int64_t at, int32_t count, const char* tile) {
       if (at > 0 && at % kRun == 0) {
         ForDimensions([&](int32_t d) {
           mean_[d] = __fdiv_rn(sum_[d], static_cast<float>(kRun));
@@ -69,7 +72,7 @@ class Scorer {
       if (thread_ < kSummers)
         Add(tile, count);
       else if (at >= mine && thread_ - kSummers < count)
-        ScoreOne(at - args_.first + thread_ - kSummers, tile + (thread_ - kSummers) * shape_.stride);
+        ScoreOne(at - args_.first + thread_ - kSummers, tile + (thread_ - kSummers) * shape_.scored_stride);
     });
     if (end < last) return;
     ForDimensions([&](int32_t d) {  // other blocks may yet read the head's state, so it is kept aside
@@ -79,18 +82,21 @@ class Scorer {
   }
 
  private:
-  struct alignas(2 * sizeof(T)) Two {
-    T first, second;
+  using Scored = std::conditional_t<kUndo, float, T>;  // of keys as scores see them
+  struct alignas(2 * sizeof(Scored)) Two {
+    Scored first, second;
   };
   // Codes of a row in a tile: its scale lies behind them.
+  template <class X = Scored>
   __device__ float ScaleOf(const char* row) const {
-    if constexpr (kScaled<T>)
+    if constexpr (kScaled<X>)
       return *reinterpret_cast<const float*>(row + args_.key_dim);
     else
       return 1;
   }
-  __device__ static float Number(T x, float scale) {
-    if constexpr (kScaled<T>)
+  template <class X>
+  __device__ static float Number(X x, float scale) {
+    if constexpr (kScaled<X>)
       return scale * ToFloat(x);
     else
       return ToFloat(x);
@@ -113,15 +119,17 @@ class Scorer {
   // The mean of the exact tail, which is what departs first.
   __device__ void Centre() const {
     ForDimensions([&](int32_t d) { sum_[d] = 0; });
-    Stream(args_.first, args_.first + args_.centre, [&](int64_t, int32_t count, const char* tile) {
-      if (thread_ < kSummers) Add(tile, count);
-    });
+    Stream(args_.first, args_.first + args_.centre, args_.first + args_.centre,
+           [&](int64_t, int32_t count, const char* tile) {
+             if (thread_ < kSummers) Add(tile, count);
+           });
     ForDimensions([&](int32_t d) { mean_[d] = __fdiv_rn(sum_[d], static_cast<float>(args_.centre)); });
   }
 
-  // body(first departure, count, tile) for departures [begin, end) of the stream; no tile reaches into two runs.
+  // body(first departure, count, tile) for departures [begin, end) of the stream; no tile reaches into two runs. Those from `scored`
+  // on are to be scored.
   template <class Body>
-  __device__ void Stream(int64_t begin, int64_t end, const Body& body) const {
+  __device__ void Stream(int64_t begin, int64_t end, int64_t scored, const Body& body) const {
     const auto after = [&](int64_t at) { return min((at / shape_.tile + 1) * shape_.tile, end); };
     int buffer = 0;
     Load(begin, after(begin), buffer);
@@ -130,10 +138,49 @@ class Scorer {
       CopyAsyncWait<0>();
       __syncthreads();  // all are done with the other tile, too
       if (next < end) Load(next, after(next), buffer ^ 1);
-      body(at, static_cast<int32_t>(next - at), Tile(buffer));
+      const auto count = static_cast<int32_t>(next - at);
+      if constexpr (kUndo) {
+        if (at >= scored && args_.scoring.value_norm) Norms(at - args_.first, count);
+        Undo(at - args_.first, count, Tile(buffer));
+        __syncthreads();
+        body(at, count, undone_);
+      } else {
+        body(at, count, Tile(buffer));
+      }
       at = next;
     }
     __syncthreads();
+  }
+
+  // Departures [first, first + count) of the call, from `tile`. A thread takes two elements at a time that are a pair, or that are not
+  // turned.
+  __device__ void Undo(int64_t first, int32_t count, const char* tile) const {
+    const Rotation& r = args_.scoring.rotation;
+    const int32_t twos = args_.key_dim / 2, items = count * twos;
+#pragma unroll 4
+    for (int32_t i = thread_; i < items; i += kThreads) {
+      const int32_t row = i / twos, two = i % twos;
+      const char* from = tile + row * shape_.stride;
+      auto* to = reinterpret_cast<float*>(undone_ + row * shape_.scored_stride);
+      const bool turned = two < r.pairs, halves = r.interleaved == 0 && turned;
+      const int32_t a = halves ? two : 2 * two, b = halves ? r.pairs + two : 2 * two + 1;
+      const float scale = ScaleOf<T>(from);
+      const float x = Number(reinterpret_cast<const T*>(from)[a], scale);
+      const float y = Number(reinterpret_cast<const T*>(from)[b], scale);
+      if (turned) {
+        const Angle angle = AngleAt(r, two, Position(first + row));
+        to[a] = FirstUndone(x, y, angle);
+        to[b] = SecondUndone(x, y, angle);
+      } else {
+        to[a] = x;
+        to[b] = y;
+      }
+    }
+  }
+  // Of the departure i after the call's first one.
+  __device__ int64_t Position(int64_t i) const {
+    const int64_t index = DepartureIndex(args_, head_, i);
+    return index < 0 ? head_.slab_position[-1 - index] : args_.first_position + index;
   }
 
   __device__ char* Tile(int buffer) const { return tiles_ + int64_t{buffer} * shape_.tile * shape_.stride; }
@@ -182,12 +229,12 @@ class Scorer {
   // One addition per key and dimension, in the order of departure.
   __device__ void Add(const char* tile, int32_t count) const {
     for (int32_t d = 2 * thread_; d < args_.key_dim; d += 2 * kSummers) {
-      const char* at = tile + d * static_cast<int32_t>(sizeof(T));
+      const char* at = tile + d * static_cast<int32_t>(sizeof(Scored));
       float first = sum_[d], second = sum_[d + 1];
 #pragma unroll 16
       for (int32_t j = 0; j < count; ++j) {
-        const Two two = *reinterpret_cast<const Two*>(at + j * shape_.stride);
-        const float scale = ScaleOf(tile + j * shape_.stride);
+        const Two two = *reinterpret_cast<const Two*>(at + j * shape_.scored_stride);
+        const float scale = ScaleOf(tile + j * shape_.scored_stride);
         first = __fadd_rn(first, Number(two.first, scale));
         second = __fadd_rn(second, Number(two.second, scale));
       }
@@ -196,9 +243,74 @@ class Scorer {
     }
   }
 
-  // ||k - mu||^2, summed in the order of the dimensions. Who does not beat the weakest loses: so a departure is its own
-  // loser until AdmitSelect knows better.
+  // Who does not beat the weakest loses: so a departure is its own loser until AdmitSelect knows better.
   __device__ void ScoreOne(int64_t i, const char* key) const {
+    const int32_t index = DepartureIndex(args_, head_, i);
+    if constexpr (kUndo)
+      head_.scores[i] = JoinScore(EnergyInLanes(reinterpret_cast<const float4*>(key)),
+                                  args_.scoring.value_norm ? norms_[thread_ - kSummers] : 1);
+    else
+      head_.scores[i] = Energy(key);
+    head_.loser[i] = index;
+  }
+
+  // ||k - mu||^2, summed in lanes.
+  __device__ float EnergyInLanes(const float4* key) const {
+    const auto* means = reinterpret_cast<const float4*>(mean_);
+    float lane[kScoreLanes] = {};
+    const auto add = [](float& sum, float x, float mean) {
+      const float centred = __fsub_rn(x, mean);
+      sum = __fadd_rn(sum, __fmul_rn(centred, centred));
+    };
+#pragma unroll 4
+    for (int32_t p = 0; p < args_.key_dim / kScoreLanes; ++p)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const float4 x = key[2 * p + j], mean = means[2 * p + j];
+        add(lane[4 * j], x.x, mean.x);
+        add(lane[4 * j + 1], x.y, mean.y);
+        add(lane[4 * j + 2], x.z, mean.z);
+        add(lane[4 * j + 3], x.w, mean.w);
+      }
+    return SumLanes(lane);
+  }
+  // ||v||^2 of departures [first, first + count) of the call. Four threads have a value, two lanes each.
+  __device__ void Norms(int64_t first, int32_t count) const {
+    constexpr int kEach = 4, kLanes = kScoreLanes / kEach;
+    const int32_t part = thread_ % kEach;
+    for (int32_t base = 0; base < count; base += kThreads / kEach) {
+      const int32_t row = base + thread_ / kEach;
+      const int64_t index = DepartureIndex(args_, head_, first + min(row, count - 1));
+      const T* value = index < 0 ? static_cast<const T*>(head_.slab_value) + (-1 - index) * args_.value_dim
+                                 : static_cast<const T*>(args_.v.data) + index * args_.v.row_stride +
+                                       head_.kv_head * args_.v.head_stride;
+      float scale = 1;
+      if constexpr (kScaled<T>)
+        scale = FromScale(index < 0 ? head_.slab_scale[-1 - index].value
+                                    : args_.v.scale[head_.kv_head * args_.v.scale_stride + index].value);
+      float sum[kLanes] = {};
+#pragma unroll 8
+      for (int32_t d = 0; d < args_.value_dim; d += kScoreLanes) {
+        struct alignas(kLanes * sizeof(T)) Some {
+          T x[kLanes];
+        };
+        const Some some = *reinterpret_cast<const Some*>(value + d + kLanes * part);
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) {
+          const float x = Number(some.x[j], scale);
+          sum[j] = __fadd_rn(sum[j], __fmul_rn(x, x));
+        }
+      }
+#pragma unroll
+      for (int half = kEach / 2; half > 0; half /= 2)
+#pragma unroll
+        for (int j = 0; j < kLanes; ++j) sum[j] = __fadd_rn(sum[j], __shfl_down_sync(0xFFFFFFFFu, sum[j], half));
+      if (part == 0 && row < count) norms_[row] = __fadd_rn(sum[0], sum[1]);
+    }
+  }
+
+  // ||k - mu||^2, summed in the order of the dimensions.
+  __device__ float Energy(const char* key) const {
     constexpr int kPiece = 16 / sizeof(T);
     float score = 0;
     const float scale = ScaleOf(key);
@@ -214,8 +326,7 @@ class Scorer {
         score = __fadd_rn(score, __fmul_rn(centred, centred));
       }
     }
-    head_.scores[i] = score;
-    head_.loser[i] = DepartureIndex(args_, head_, i);
+    return score;
   }
 
   const AdmitArgs& args_;
@@ -224,16 +335,18 @@ class Scorer {
   float* mean_;                      // (key_dim), shared: of the run in hand
   float* sum_;                       // (key_dim), shared
   char* tiles_;                      // (2, tile, stride), shared
+  char* undone_;                     // (tile, scored_stride), shared: of kUndo
+  float* norms_;                     // (tile), shared: of kUndo
   int32_t pieces_;                   // of 16 bytes, of a key
   int32_t first_row_, first_piece_;  // of a tile, that this thread copies
   const int32_t thread_ = static_cast<int32_t>(threadIdx.x);
 };
 
-template <class T>
+template <class T, bool kUndo>
 __global__ __launch_bounds__(kThreads, 3) void ScoreKernel(const __grid_constant__ AdmitArgs args, const Shape shape) {
   extern __shared__ __align__(16) char memory[];
   const AdmitHead head = args.heads[blockIdx.y];
-  Scorer<T>(args, shape, head, memory).Score(args.first / kRun + int64_t{blockIdx.x} * shape.runs);
+  Scorer<T, kUndo>(args, shape, head, memory).Score(args.first / kRun + int64_t{blockIdx.x} * shape.runs);
 }
 
 __global__ void BeginKernel(const AdmitHead* heads, const Head* layer_heads) {
@@ -245,19 +358,23 @@ __global__ void BeginKernel(const AdmitHead* heads, const Head* layer_heads) {
     admit.protected_index[i] = -1 - head.protected_slot[i];
 }
 
-template <class T>
+template <class T, bool kUndo>
 void LaunchScores(const AdmitArgs& args, cudaStream_t stream) {
   const int64_t runs = (args.first + args.count - 1) / kRun - args.first / kRun + 1;
   const int64_t row = args.key_dim * int64_t{sizeof(T)} + 16;
   Shape shape{kMostTile, static_cast<int32_t>(row),
-              static_cast<int32_t>(std::clamp<int64_t>(runs * args.head_count / kBlocks, 1, kMostRuns))};
-  while (shape.tile > 1 && shape.tile * row > kTileBytes) shape.tile /= 2;
-  const int64_t shared = 2 * args.key_dim * int64_t{sizeof(float)} + 2 * shape.tile * row;
+              static_cast<int32_t>(std::clamp<int64_t>(runs * args.head_count / kBlocks, 1, kMostRuns)),
+              static_cast<int32_t>(kUndo ? args.key_dim * int64_t{sizeof(float)} + 16 : row)};
+  // Of one key, in all tiles, and its value's norm.
+  const int64_t key_bytes = 2 * row + (kUndo ? shape.scored_stride + int64_t{sizeof(float)} : 0);
+  while (shape.tile > 1 && shape.tile * key_bytes > 2 * kTileBytes) shape.tile /= 2;
+  const int64_t shared = 2 * args.key_dim * int64_t{sizeof(float)} + shape.tile * key_bytes;
   // Always the same number: calls of several threads do not change it under each other.
   constexpr int64_t kMostShared = 2 * kMostDim * int64_t{sizeof(float)} + 2 * kTileBytes;
-  cudaFuncSetAttribute(ScoreKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(kMostShared));
+  cudaFuncSetAttribute(ScoreKernel<T, kUndo>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                       static_cast<int>(kMostShared));
   const dim3 grid(static_cast<uint32_t>(CeilDiv(runs, shape.runs)), static_cast<uint32_t>(args.head_count));
-  ScoreKernel<T><<<grid, kThreads, static_cast<size_t>(shared), stream>>>(args, shape);
+  ScoreKernel<T, kUndo><<<grid, kThreads, static_cast<size_t>(shared), stream>>>(args, shape);
 }
 
 }  // namespace
@@ -267,7 +384,11 @@ void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_he
 }
 
 void Admit(const AdmitArgs& args, cudaStream_t stream) {
-  if (args.count > 0) WithStorage(args.dtype, [&](auto type) { LaunchScores<decltype(type)>(args, stream); });
+  if (args.count > 0)
+    WithStorage(args.dtype, [&](auto type) {
+      using T = decltype(type);
+      args.scoring.without_position ? LaunchScores<T, true>(args, stream) : LaunchScores<T, false>(args, stream);
+    });
   AdmitSelect(args, stream);
 }
 

@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "express/types.h"
+#include "src/core/rotary.h"
 
 namespace express::cuda {
 
@@ -203,6 +204,49 @@ inline cudaLaunchAttribute LaunchEarly() {
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   return attribute;
+}
+
+// ---- rotary positions, undone with the floats of src/cpu/protect.cc ----
+
+// Not contracted into one another on the device. (What is constexpr is compiled for the host, too.)
+struct RoundedOps {
+  __host__ __device__ static float Sum(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fadd_rn(a, b);
+#else
+    return a + b;
+#endif
+  }
+  __host__ __device__ static float Product(float a, float b) {
+#ifdef __CUDA_ARCH__
+    return __fmul_rn(a, b);
+#else
+    return a * b;
+#endif
+  }
+};
+__device__ __forceinline__ Angle AngleAt(const Rotation& rotation, int32_t pair, int64_t position) {
+  return CosSin<RoundedOps>(Phase(rotation.turns[pair], position));
+}
+// The two elements of a pair, turned back.
+__device__ __forceinline__ float FirstUndone(float x, float y, const Angle& angle) {
+  return __fadd_rn(__fmul_rn(x, angle.cos), __fmul_rn(y, angle.sin));
+}
+__device__ __forceinline__ float SecondUndone(float x, float y, const Angle& angle) {
+  return __fsub_rn(__fmul_rn(y, angle.cos), __fmul_rn(x, angle.sin));
+}
+// The sum of lanes, in halves.
+inline constexpr int kScoreLanes = 8;
+__device__ __forceinline__ float SumLanes(float (&lane)[kScoreLanes]) {
+#pragma unroll
+  for (int half = kScoreLanes / 2; half > 0; half /= 2)
+#pragma unroll
+    for (int j = 0; j < half; ++j) lane[j] = __fadd_rn(lane[j], lane[j + half]);
+  return lane[0];
+}
+// From the energy without position, and the value's squared norm: 1 where that does not count.
+__device__ __forceinline__ float JoinScore(float energy, float squared_norm) {
+  return energy > 0 && squared_norm > 0 ? __fmul_rn(energy, __fsqrt_rn(squared_norm)) : 0.0f;
 }
 
 template <class T, class F>

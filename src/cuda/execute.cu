@@ -13,8 +13,8 @@ namespace {
 constexpr int kThreads = 256;
 constexpr int kWarps = kThreads / kWarp;
 static_assert(kShortList == kWarpList);
-constexpr int32_t kMostDim = 1024;
-constexpr int64_t kRun = 256;  // departures that a mean is taken over, as on the CPU
+constexpr int32_t kMostDim = 256;  // of keys and of values
+constexpr int64_t kRun = 256;      // departures that a mean is taken over, as on the CPU
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 __device__ int64_t Long(const int32_t* words) {
@@ -49,7 +49,7 @@ struct Worker {
   const ExecuteArgs& args;
   const Head& head;
   char* shared;    // of HalveList
-  float* row;      // (kMostDim), shared
+  float* row;      // (2 kMostDim), shared: of a key, and of a value behind it
   float* reduced;  // (kWarps), shared
   int32_t* found;  // (kWarps), shared
   const int thread = static_cast<int>(threadIdx.x);
@@ -150,21 +150,43 @@ struct Worker {
     return ScaleFor(largest, isfinite(largest));
   }
 
+  // Element d of a key, as scores see it.
+  __device__ float Scored(int32_t slot, int32_t d) const {
+    const RowOf<T> key = KeyRow(slot);
+    const Rotation& r = head.scoring.rotation;
+    if (!head.scoring.without_position || d >= 2 * r.pairs) return At(key, d);
+    const bool interleaved = r.interleaved != 0, first = interleaved ? d % 2 == 0 : d < r.pairs;
+    const int32_t pair = interleaved ? d / 2 : first ? d : d - r.pairs, step = interleaved ? 1 : r.pairs;
+    const Angle angle = AngleAt(r, pair, head.position[slot]);
+    return first ? FirstUndone(At(key, d), At(key, d + step), angle)
+                 : SecondUndone(At(key, d - step), At(key, d), angle);
+  }
+
   // The sum goes slot by slot, as on the CPU.
   __device__ void Centre(const int32_t* slots, int32_t count) const {
     for (int32_t d = thread; d < args.key_dim; d += kThreads) {
       float sum = 0;
-      for (int32_t i = 0; i < count; ++i) sum = __fadd_rn(sum, At(KeyRow(slots[i]), d));
+      for (int32_t i = 0; i < count; ++i) sum = __fadd_rn(sum, Scored(slots[i], d));
       head.mean[d] = __fdiv_rn(sum, static_cast<float>(count));
     }
     __syncthreads();
   }
 
-  // ||k - mu||^2, summed in the order of the dimensions.
+  // From the squares in `row`. The energy ||k - mu||^2 is summed in the order of the dimensions.
   __device__ float Score() const {
+    if (head.scoring.without_position)
+      return JoinScore(SumOf(row, args.key_dim), head.scoring.value_norm ? SumOf(row + kMostDim, args.value_dim) : 1);
     float score = 0;
     for (int32_t d = 0; d < args.key_dim; ++d) score = __fadd_rn(score, row[d]);
     return score;
+  }
+
+  __device__ static float SumOf(const float* squares, int32_t dim) {
+    float lane[kScoreLanes] = {};
+    for (int32_t d = 0; d < dim; d += kScoreLanes)
+#pragma unroll
+      for (int j = 0; j < kScoreLanes; ++j) lane[j] = __fadd_rn(lane[j], squares[d + j]);
+    return SumLanes(lane);
   }
 
   // Index of the lowest of `count` scores; among equals the youngest.
@@ -204,10 +226,15 @@ struct Worker {
         head.mean[d] = __fdiv_rn(head.sum[d], static_cast<float>(kRun));
         head.sum[d] = 0;
       }
-      const float x = At(KeyRow(slot), d), centred = __fsub_rn(x, head.mean[d]);
+      const float x = Scored(slot, d), centred = __fsub_rn(x, head.mean[d]);
       head.sum[d] = __fadd_rn(head.sum[d], x);
       row[d] = __fmul_rn(centred, centred);
     }
+    if (head.scoring.value_norm)
+      for (int32_t d = thread; d < args.value_dim; d += kThreads) {
+        const float x = At(ValueRow(slot), d);
+        row[kMostDim + d] = __fmul_rn(x, x);
+      }
     __syncthreads();
     const float score = Score();
     const int32_t count = head.protected_count[0], weakest = head.protected_count[1];
@@ -454,7 +481,7 @@ __device__ const char* RowAt(const ExecuteArgs& args, const Rows& rows, int64_t 
 template <class T, Part kPart>
 __global__ __launch_bounds__(kThreads) void ExecuteKernel(const __grid_constant__ ExecuteArgs args) {
   extern __shared__ __align__(16) char shared[];
-  __shared__ float row[kMostDim];
+  __shared__ float row[2 * kMostDim];
   __shared__ float reduced[kWarps];
   __shared__ int32_t found[kWarps];
   // Descriptions of heads change behind a Fence only: they may be read before the kernel before is done.

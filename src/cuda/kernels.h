@@ -14,6 +14,7 @@
 
 #include "express/types.h"
 #include "src/core/random.h"
+#include "src/core/rotary.h"
 
 namespace express::cuda {
 
@@ -39,7 +40,7 @@ struct Head {
   float* log_weight;         // (capacity): -inf = free slot, whose key and value may be anything, NaN included
   float* mean;               // (key_dim): mu, the centre of the scores
   float* sum;                // (key_dim): sum of the keys of the running run of departures
-  float* score;              // (protect): ||k - mu||^2 at departure, for good
+  float* score;              // (protect): that of the departure, for good
   int32_t* protected_slot;   // (protect)
   int32_t* protected_count;  // (2): protected so far; index of the weakest once full
   float* partial;            // (partial_splits, kPartialRows, value_dim + 2): for split attention, shared by layers
@@ -50,7 +51,8 @@ struct Head {
   int32_t plan;              // index into the cache's rings
   char* halve_scratch;       // HalveScratchBytes(longest list)
   StreamKey stream;
-  Seen* seen;  // null where budgets are fixed
+  Seen* seen;       // null where budgets are fixed
+  Scoring scoring;  // as on the CPU; turns: device memory
 };
 
 // Rows of a caller's tensor: row i of KV head (or query head) h begins at element i * row_stride + h * head_stride.
@@ -460,6 +462,7 @@ void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multip
 // Indices mean what they mean in PrefillHead. What src/cpu/protect.cc does one by one, the same floats to the bit.
 struct AdmitHead {  // one KV head; device memory
   const void* slab_key;
+  const void* slab_value;
   const RowScales* slab_scale;
   const int64_t* slab_position;
   float* mean;  // state as in Head, brought up to date
@@ -480,6 +483,7 @@ struct AdmitArgs {
   int32_t head_count, key_dim, protect;
   DType dtype;
   Rows k;                      // the prompt's keys, of the storage type
+  Rows v;                      // and values: only for their norms
   int64_t first, count;        // departures
   int64_t source_count;        // departures from `first` on that `source` knows, more than `count` perhaps
   int64_t centre;              // > 0: departure 0 is among them, and so many entries of the exact tail are its centre
@@ -488,6 +492,8 @@ struct AdmitArgs {
   const int32_t* snapshot_at;  // (snapshots), ascending, 0 .. count; device memory
   int32_t snapshots;
   int64_t source_begin = 0;
+  int32_t value_dim = 0;
+  Scoring scoring = {};
 };
 // At a prompt's beginning: protected_index from the slots of the layer's heads.
 void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_heads, cudaStream_t stream);

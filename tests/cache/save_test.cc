@@ -44,6 +44,10 @@ std::vector<Config> Configs() {
   static constexpr float kShare[] = {1, 2, 0, 5};
   configs.push_back(SmallConfig());
   configs.back().head_share = kShare;
+  static constexpr float kFrequencies[] = {1, 0.5, 0.25, 0.125, 0};
+  configs.push_back(SmallConfig());
+  configs.back().protected_entries = 7;
+  configs.back().rope_frequencies = kFrequencies;
   return configs;
 }
 
@@ -149,12 +153,15 @@ TEST(Save, WhatCannotBeLoadedChangesNothing) {
   EXPECT_EQ(in_eight[8], 3);
   EXPECT_EQ(of_eight.Load(data.data(), data.size()).code(), StatusCode::kInvalidArgument);
 
-  Config others[] = {c, c, c, c, c, eight};
+  static constexpr float kFrequencies[] = {1, 0.5};
+  Config others[] = {c, c, c, c, c, eight, c, c};
   others[0].seed = 6;
   others[1].budget = 65;
   others[2].dtype = DType::kF16;
   others[3].tau = 0.2;
   others[4].first_layer = 1;
+  others[6].rope_frequencies = kFrequencies;
+  others[7].protection_score = ProtectionScore::kEnergyValue;
   for (const Config& other : others) {
     ExpressCache different;
     ASSERT_OK(ExpressCache::Create(other, &different));
@@ -164,6 +171,31 @@ TEST(Save, WhatCannotBeLoadedChangesNothing) {
   }
   EXPECT_OK(cache.Copy(cache));
   EXPECT_EQ(ExportAll(cache, c), held);
+}
+
+// Which rotary positions were undone is part of what was saved.
+TEST(Save, RotaryPositionsMustBeTheSame) {
+  static constexpr float kOne[] = {1, 0.5}, kOther[] = {1, 0.25};
+  Config c = SmallConfig();
+  c.rope_frequencies = kOne;
+  ExpressCache cache;
+  ASSERT_OK(ExpressCache::Create(c, &cache));
+  const std::vector<char> data = Saved(cache);
+  std::vector<float> copied(std::begin(kOne), std::end(kOne));
+  const auto loads = [&](const std::vector<char>& bytes, auto change) {
+    Config other = c;
+    change(other);
+    ExpressCache into;
+    EXPECT_OK(ExpressCache::Create(other, &into));
+    return into.Load(bytes.data(), bytes.size()).ok();
+  };
+  EXPECT_TRUE(loads(data, [&](Config& o) { o.rope_frequencies = copied; }));
+  EXPECT_TRUE(loads(data, [&](Config& o) { o.protection_score = ProtectionScore::kEnergy; }));
+  EXPECT_FALSE(loads(data, [&](Config& o) { o.protection_score = ProtectionScore::kEnergyValue; }));
+  EXPECT_FALSE(loads(data, [&](Config& o) { o.rope_frequencies = kOther; }));
+  EXPECT_FALSE(loads(data, [&](Config& o) { o.rope_frequencies = o.rope_frequencies.first(1); }));
+  EXPECT_FALSE(loads(data, [&](Config& o) { o.rope_layout = RopeLayout::kInterleaved; }));
+  EXPECT_FALSE(loads(data, [&](Config& o) { o.rope_frequencies = {}; }));
 }
 
 }  // namespace

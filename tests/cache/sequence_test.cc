@@ -21,10 +21,16 @@ struct Shape {
   int64_t levels() const { return std::max<int64_t>(2, std::min(coreset / 4, coreset / (2 * floor()))); }
 };
 
+struct Rotary {
+  std::vector<float> frequency;
+  bool interleaved, value_norm;
+};
+
 // One head stream, token by token.
 class SlowHead {
  public:
-  SlowHead(const Shape& shape, const StreamKey& key) : s_(shape), key_(key) {}
+  // rotary: scores are those without positions, and times the value's norm if it says so.
+  SlowHead(const Shape& shape, const StreamKey& key, const Rotary* rotary) : s_(shape), key_(key), rotary_(rotary) {}
 
   void Append(const std::vector<float>& k,
               const std::vector<float>& v) {  // the token's key and value, as they are stored
@@ -85,7 +91,7 @@ class SlowHead {
       mean_.assign(keys_[0].size(), 0.0f);
       sum_ = mean_;
       for (const int64_t token : tail_)
-        for (size_t d = 0; d < mean_.size(); ++d) mean_[d] += keys_[static_cast<size_t>(token)][d];
+        for (size_t d = 0; d < mean_.size(); ++d) mean_[d] += Seen(token)[d];
       for (float& m : mean_) m /= static_cast<float>(tail_.size());
     }
     int64_t token = tail_.front();
@@ -100,9 +106,14 @@ class SlowHead {
   int64_t Admit(int64_t token) {
     if (departures_ > 0 && departures_ % 256 == 0)
       for (size_t d = 0; d < mean_.size(); ++d) mean_[d] = sum_[d] / 256, sum_[d] = 0;
-    const std::vector<float>& k = keys_[static_cast<size_t>(token)];
+    const std::vector<float> k = Seen(token);
     float score = 0;
     for (size_t d = 0; d < mean_.size(); ++d) score += (k[d] - mean_[d]) * (k[d] - mean_[d]), sum_[d] += k[d];
+    if (rotary_ != nullptr && rotary_->value_norm) {
+      float norm = 0;
+      for (const float x : value(token)) norm += x * x;
+      score *= std::sqrt(norm);
+    }
     protected_.push_back({token, score});
     if (static_cast<int64_t>(protected_.size()) <= s_.protect) return -1;
     const auto weakest = std::min_element(protected_.begin(), protected_.end(), [](const Guarded& a, const Guarded& b) {
@@ -111,6 +122,14 @@ class SlowHead {
     const int64_t loser = weakest->token;
     protected_.erase(weakest);
     return loser;
+  }
+  // The key that scores are about.
+  std::vector<float> Seen(int64_t token) const {
+    if (rotary_ == nullptr) return key(token);
+    const std::vector<double> exact(key(token).begin(), key(token).end());
+    const auto undone = reference::WithoutPosition(exact.data(), static_cast<int64_t>(exact.size()), token,
+                                                   rotary_->frequency, rotary_->interleaved);
+    return std::vector<float>(undone.begin(), undone.end());
   }
   void Absorb(int64_t token, int64_t weight) {
     reservoir_weight_ += weight;
@@ -177,6 +196,7 @@ class SlowHead {
 
   Shape s_;
   StreamKey key_;
+  const Rotary* rotary_;
   std::vector<std::vector<float>> keys_, values_;
   std::vector<int64_t> sinks_;
   std::deque<int64_t> tail_;
@@ -210,6 +230,15 @@ class Sequence {
     c_.first_kv_head = static_cast<int32_t>(Pick(0, 9));
     c_.threads = static_cast<int32_t>(Pick(1, 2));
     c_.dtype = seed % 2 == 0 ? DType::kI8 : DType::kF32;
+    if (seed % 3 == 0) {
+      rotary_.interleaved = Pick(0, 1) != 0;
+      for (int64_t i = Pick(0, c_.key_dim / 2); i > 0; --i)
+        rotary_.frequency.push_back(static_cast<float>(Pick(-1000, 1000)) / 1000);
+      rotary_.value_norm = rotary_.frequency.empty() || Pick(0, 1) != 0;
+      c_.protection_score = rotary_.value_norm ? ProtectionScore::kEnergyValue : ProtectionScore::kEnergy;
+      c_.rope_frequencies = rotary_.frequency;
+      c_.rope_layout = rotary_.interleaved ? RopeLayout::kInterleaved : RopeLayout::kHalves;
+    }
     EXPECT_OK(ExpressCache::Create(c_, &cache_));
     EXPECT_OK(ExpressCache::Create(c_, &other_));
     Clear();
@@ -251,8 +280,10 @@ class Sequence {
     heads_.clear();
     for (int32_t layer = 0; layer < c_.layers; ++layer)
       for (int32_t g = 0; g < c_.kv_heads; ++g)
-        heads_.emplace_back(shape_, MakeStreamKey(c_.seed, static_cast<uint32_t>(c_.first_layer + layer),
-                                                  static_cast<uint32_t>(c_.first_kv_head + g)));
+        heads_.emplace_back(shape_,
+                            MakeStreamKey(c_.seed, static_cast<uint32_t>(c_.first_layer + layer),
+                                          static_cast<uint32_t>(c_.first_kv_head + g)),
+                            c_.seed % 3 == 0 ? &rotary_ : nullptr);
   }
   SlowHead& head(int32_t layer, int32_t g) { return heads_[static_cast<size_t>(layer * c_.kv_heads + g)]; }
 
@@ -332,6 +363,7 @@ class Sequence {
   std::mt19937 rng_;
   Shape shape_;
   Config c_;
+  Rotary rotary_{};
   ExpressCache cache_, other_;
   std::vector<SlowHead> heads_;
 };

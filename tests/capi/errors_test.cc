@@ -154,6 +154,24 @@ TEST_F(Errors, ConfigFields) {
   ExpectConfig(bad, "max_levels", [](express_config& c) { c.max_levels = 1000; });
   ExpectConfig(bad, "prefill_block", [](express_config& c) { c.prefill_block = 0; });
   ExpectConfig(bad, "head_budgets", [](express_config& c) { c.head_budgets = 3; });
+  ExpectConfig(bad, "protection_score", [](express_config& c) { c.protection_score = 3; });
+  ExpectConfig(bad, "rope_layout", [](express_config& c) { c.rope_layout = 2; });
+  ExpectConfig(bad, "rope_frequency_count", [](express_config& c) { c.rope_frequency_count = -1; });
+  ExpectConfig(bad, "rope_frequencies", [](express_config& c) { c.rope_frequency_count = 1; });
+  static const float frequencies[600] = {1, 4, NAN};
+  ExpectConfig(bad, "rope_frequency_count", [](express_config& c) {
+    c.rope_frequencies = frequencies;
+    c.rope_frequency_count = c.key_dim / 2 + 1;
+  });
+  ExpectConfig(bad, "rope_frequencies[1]", [](express_config& c) {
+    c.rope_frequencies = frequencies;
+    c.rope_frequency_count = 2;
+  });
+  ExpectConfig(bad, "rope_frequencies[0]", [](express_config& c) {
+    c.rope_frequencies = frequencies + 2;
+    c.rope_frequency_count = 1;
+  });
+  ExpectConfig(bad, "reserved", [](express_config& c) { c.reserved = 1; });
   ExpectConfig(bad, "auto_compress", [](express_config& c) { c.auto_compress = 2; });
   ExpectConfig(bad, "auto_compress", [](express_config& c) {
     c.auto_compress = 0;

@@ -253,6 +253,8 @@ TEST_F(ObservedTest, ContentsAsOnTheCpu) {
     for (const int64_t mean : {48, 128, 320}) {
       Config c = ObservedConfig(dtype, mean);
       if (mean == 320) c.layers = 3, c.rollback_reserve = 8;
+      static constexpr float kFrequencies[] = {1, 0.7f, 0.5f, 0.2f, 0.1f, 0.01f, 0.001f, 0};
+      if (mean == 128) c.rope_frequencies = kFrequencies;
       const int64_t tokens = 6 * mean, saved = mean - mean / 16;
       const Inputs inputs(c, tokens, static_cast<unsigned>(mean));
       Fed cpu(inputs, DeviceType::kCpu, stream_), gpu(inputs, DeviceType::kCuda, stream_);

@@ -86,7 +86,11 @@ static const field kConfig[] = {
     FIELD(express_config, parallel_for_context, 224, 8),
     FIELD(express_config, stream, 232, 8),
     FIELD(express_config, head_budgets, 240, 4),
-    FIELD(express_config, reserved, 244, 4),
+    FIELD(express_config, protection_score, 244, 4),
+    FIELD(express_config, rope_frequencies, 248, 8),
+    FIELD(express_config, rope_frequency_count, 256, 8),
+    FIELD(express_config, rope_layout, 264, 4),
+    FIELD(express_config, reserved, 268, 4),
 };
 
 static const field kStats[] = {
@@ -151,6 +155,11 @@ static void check_enumerators(void) {
   EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_AUTO, 0);
   EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_FIXED, 1);
   EXPECT_NUMBER(EXPRESS_HEAD_BUDGETS_OBSERVED, 2);
+  EXPECT_NUMBER(EXPRESS_PROTECTION_SCORE_AUTO, 0);
+  EXPECT_NUMBER(EXPRESS_PROTECTION_SCORE_ENERGY, 1);
+  EXPECT_NUMBER(EXPRESS_PROTECTION_SCORE_ENERGY_VALUE, 2);
+  EXPECT_NUMBER(EXPRESS_ROPE_LAYOUT_HALVES, 0);
+  EXPECT_NUMBER(EXPRESS_ROPE_LAYOUT_INTERLEAVED, 1);
   EXPECT_NUMBER(EXPRESS_BUDGET_ENTRIES, 0);
   EXPECT_NUMBER(EXPRESS_BUDGET_BYTES, 1);
   EXPECT_NUMBER(EXPRESS_AUTO, -1);
@@ -195,7 +204,7 @@ static void check_defaults(void) {
   size_t i;
   memset(&from_function, 0xA5, sizeof(from_function));
   EXPECT_NUMBER(express_config_init(&from_function, (uint32_t)sizeof(from_function)), EXPRESS_STATUS_OK);
-  EXPECT_NUMBER(from_macro.struct_size, 248);
+  EXPECT_NUMBER(from_macro.struct_size, 272);
   EXPECT_NUMBER(stats.struct_size, 88);
   for (i = 0; i < sizeof(kConfig) / sizeof(kConfig[0]); ++i) {
     const field *f = &kConfig[i];
@@ -224,7 +233,7 @@ int main(void) {
     fprintf(stderr, "the pinned numbers are those of 64-bit platforms\n");
     return 77;
   }
-  EXPECT_LAYOUT(express_config, kConfig, 248);
+  EXPECT_LAYOUT(express_config, kConfig, 272);
   EXPECT_LAYOUT(express_stats, kStats, 88);
   EXPECT_LAYOUT(express_tensor, kTensor, 40);
   EXPECT_LAYOUT(express_head_setting, kHeadSetting, 32);
