@@ -100,6 +100,19 @@ std::unique_ptr<KvCache> MakeExpress(const KvOptions& o, const ModelConfig& m, i
                                    {{"auto", EXPRESS_HEAD_BUDGETS_AUTO},
                                     {"fixed", EXPRESS_HEAD_BUDGETS_FIXED},
                                     {"observed", EXPRESS_HEAD_BUDGETS_OBSERVED}});
+  // Keys come with their rotary positions: with the frequencies, protected entries are chosen without them.
+  std::vector<float> frequencies(static_cast<size_t>(m.head_dim / 2));
+  for (size_t i = 0; i < frequencies.size(); ++i)
+    frequencies[i] = std::pow(m.theta, -static_cast<float>(2 * i) / static_cast<float>(m.head_dim));
+  if (o.rotary) {
+    c.rope_frequencies = frequencies.data();
+    c.rope_frequency_count = static_cast<int64_t>(frequencies.size());
+    c.rope_layout = EXPRESS_ROPE_LAYOUT_HALVES;
+  }
+  c.protection_score = Choose<int32_t>("--score", o.score,
+                                       {{"auto", EXPRESS_PROTECTION_SCORE_AUTO},
+                                        {"energy", EXPRESS_PROTECTION_SCORE_ENERGY},
+                                        {"energy-value", EXPRESS_PROTECTION_SCORE_ENERGY_VALUE}});
   c.gamma = o.gamma;
   c.tau = o.tau;
   c.seed = o.seed;

@@ -18,7 +18,8 @@ struct KvOptions {
   double power = 2;                     // budgets beyond the base are shared out in proportion to (far mass)^power
   int64_t sinks = 4, window = EXPRESS_AUTO, protect = EXPRESS_AUTO;
   double alpha = -1, gamma = 1, tau = 0.1;
-  std::string schedule = "budget", halving = "kernel", dtype = "f32", head_budgets = "auto";
+  std::string schedule = "budget", halving = "kernel", dtype = "f32", head_budgets = "auto", score = "auto";
+  bool rotary = true;   // the library is given the model's rotary frequencies
   int64_t block = 256;  // of prefill: its queries share the cache of its start
   int64_t chunk = 0;    // tokens of one call; 0: a block
   uint64_t seed = 0;

@@ -52,6 +52,13 @@ void AddCache(CLI::App* app, CommonOptions& o) {
          "allows it, as without a profile")
       ->capture_default_str()
       ->check(CLI::IsMember({"auto", "fixed", "observed"}));
+  app->add_option(
+         "--score", o.kv.score,
+         "What older tokens are kept exactly for. energy: keys far from the mean, without their rotary positions; "
+         "energy-value: the same times the norm of the value; auto: by the budget")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"auto", "energy", "energy-value"}));
+  app->add_flag("!--no-rotary", o.kv.rotary, "Keep the model's rotary positions from the library: scores with them");
   app->add_option("--halving", o.kv.halving, "kernel, or coin: uniform sampling, for comparison")
       ->check(CLI::IsMember({"kernel", "coin"}))
       ->capture_default_str();

@@ -77,6 +77,12 @@ class ExpressLm(unittest.TestCase):
         self.assertEqual(len(set(bits)), len(bits), bits)
         self.assertEqual(score(*args)["bits_per_byte"], bits[0])  # and the same run gives the same result
 
+    def test_protected_entries_are_chosen_without_positions(self):
+        args = ("--tokens", 3000, "--policy", "express", "--budget", 256)
+        bits = [score(*args, *more)["bits_per_byte"] for more in ((), ("--score", "energy-value"), ("--no-rotary",))]
+        self.assertEqual(len(set(bits)), 3, bits)
+        self.assertEqual(score(*args, "--score", "energy")["bits_per_byte"], bits[0])
+
     def test_facts_are_recalled_exactly_and_under_a_budget(self):
         exact = json.loads(run("recall", "--model", MODEL, "--json", "--policy", "exact", "--case", case("demo-8k-0")))
         self.assertEqual((exact["recalled"], exact["asked"]), (8, 8))
