@@ -48,6 +48,10 @@ POLICIES = {
     "express, observed": (Express, {"head_budgets": "observed"}, True),
     "express, observed, equal bytes": (Express, {"head_budgets": "observed", "equal_bytes": True}, True),
     "express, observed, 8 bits, equal bytes": (Express, {"head_budgets": "observed", "equal_bytes": True, "slots": "int8"}, True),
+    "express, observed, without positions": (Express, {"head_budgets": "observed", "rotary": True}, True),
+    "express, observed, without positions, equal bytes": (Express, {"head_budgets": "observed", "rotary": True, "equal_bytes": True}, True),
+    "express, observed, without positions, 8 bits, equal bytes":
+        (Express, {"head_budgets": "observed", "rotary": True, "equal_bytes": True, "slots": "int8"}, True),
     "express, profile": (Express, {"profile": True}, True),
     "express, profile, equal bytes": (Express, {"profile": True, "equal_bytes": True}, True),
     "express, prompt": (ExpressPrompt, {}, False),

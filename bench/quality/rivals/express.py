@@ -16,10 +16,12 @@ class Express(Policy):
     """One library cache per sequence, in blocks of BLOCK tokens (prefill_block); further options are fields of its config.
 
     What is kept is rounded to bfloat16 before it comes here; float16 (GPU) and float32 (CPU) hold that exactly. `bytes` are those of a cache of 16-bit entries,
-    or of `slots`, the type that its entries are stored in then.
+    or of `slots`, the type that its entries are stored in then. `rotary`: the library is given the model's frequencies, and chooses protected entries by keys without
+    their positions.
     """
 
-    def __init__(self, spec, sequences, budget, seed=0, device="cpu", profile=False, power=2.0, pyramid=False, equal_bytes=False, slots=None, **options):
+    def __init__(self, spec, sequences, budget, seed=0, device="cpu", profile=False, power=2.0, pyramid=False, equal_bytes=False, slots=None, rotary=False,
+                 **options):
         super().__init__(spec, sequences, budget, seed, device)
         import express_kv
         self.where = torch.device(DEVICE or device)
@@ -28,6 +30,8 @@ class Express(Policy):
         on_gpu = self.where.type == "cuda"
         if not on_gpu:  # sequences side by side, each on one core; a cache holds scratch for each of its threads
             fields["threads"] = 1
+        if rotary:
+            fields["rope_frequencies"] = [spec.rope_theta ** (-2 * i / spec.dim) for i in range(spec.dim // 2)]
         if profile:
             fields["head_share"] = [mass ** power for row in division.far_mass(spec) for mass in row]
         if pyramid:

@@ -56,7 +56,8 @@ def test_budgets_by_head(name):
     assert len(set(entries)) > 4 and 0.8 * 128 < sum(entries) / len(entries) <= 129
 
 
-@pytest.mark.parametrize("name", ["express, profile, equal bytes", "express, observed, equal bytes", "express, observed, 8 bits, equal bytes"])
+@pytest.mark.parametrize("name", ["express, profile, equal bytes", "express, observed, equal bytes", "express, observed, 8 bits, equal bytes",
+                                  "express, observed, without positions, equal bytes", "express, observed, without positions, 8 bits, equal bytes"])
 def test_equal_bytes_are_at_most_those_of_plain_entries(name):
     policy = registry.make(name, SPEC, 1, 512)
     room = 512 * SPEC.entry_bytes * 16
