@@ -141,6 +141,12 @@ class ConfigOf {
       c.head_share_count = static_cast<int64_t>(head_share_.size());
       return;
     }
+    if (name == "rope_frequencies") {
+      rope_frequencies_ = nb::cast<std::vector<float>>(value);
+      c.rope_frequencies = rope_frequencies_.data();
+      c.rope_frequency_count = static_cast<int64_t>(rope_frequencies_.size());
+      return;
+    }
     if (name == "head_settings") {
       for (const auto& row : nb::cast<std::vector<std::vector<int64_t>>>(value)) {
         if (row.size() != 4)
@@ -169,6 +175,8 @@ class ConfigOf {
     if (name == "validate") return int32(c.validate);
     if (name == "threads") return int32(c.threads);
     if (name == "head_budgets") return int32(c.head_budgets);
+    if (name == "protection_score") return int32(c.protection_score);
+    if (name == "rope_layout") return int32(c.rope_layout);
     if (name == "stream") {
       c.stream = reinterpret_cast<void*>(nb::cast<uintptr_t>(value));
       return;
@@ -177,7 +185,7 @@ class ConfigOf {
   }
 
   express_config config_ = EXPRESS_CONFIG_INIT;
-  std::vector<float> head_share_;
+  std::vector<float> head_share_, rope_frequencies_;
   std::vector<express_head_setting> head_settings_;
 };
 

@@ -28,6 +28,8 @@ def test_enumerators():
     assert choices["schedule"] == enumerators("EXPRESS_SCHEDULE_")
     assert choices["halving"] == enumerators("EXPRESS_HALVING_")
     assert choices["head_budgets"] == enumerators("EXPRESS_HEAD_BUDGETS_")
+    assert choices["protection_score"] == enumerators("EXPRESS_PROTECTION_SCORE_")
+    assert choices["rope_layout"] == enumerators("EXPRESS_ROPE_LAYOUT_")
     assert choices["budget_unit"] == enumerators("EXPRESS_BUDGET_")
     assert _cache.AUTO == _cache.ALL_LAYERS == NUMBERS["EXPRESS_AUTO"]
     devices = {device.upper(): _cache._fields({"device": device})["device_type"] for device in ("cpu", "cuda")}
@@ -36,9 +38,9 @@ def test_enumerators():
 
 def test_every_field_of_the_config_is_known():
     fields = {name for name in re.findall(r"offsetof\(express_config, (\w+)\)", "\n".join(NUMBERS))}
-    own = {"struct_size", "head_share_count", "head_settings_count", "parallel_for", "parallel_for_context", "reserved"}
+    own = {"struct_size", "head_share_count", "head_settings_count", "rope_frequency_count", "parallel_for", "parallel_for_context", "reserved"}
     assert own < fields
-    given = {"head_share": [1.0], "head_settings": [(64, 4, -1, -1)], "stream": 0}
+    given = {"head_share": [1.0], "rope_frequencies": [1.0], "head_settings": [(64, 4, -1, -1)], "stream": 0}
     for name in fields - own:
         try:
             _core.size({name: given.get(name, 1)})

@@ -183,6 +183,26 @@ def test_save_load_copy_pickle():
         cache_of(seed=4).load(cache.save())
 
 
+def test_rotary_frequencies_change_what_is_kept():
+    def kept(**more):
+        return held(filled(**{"budget": 96, "head_budgets": "fixed", **more}))
+
+    frequencies = np.float32(10000.0) ** (-np.arange(8, dtype=np.float32) / 8)
+    plain, rotary = kept(), kept(rope_frequencies=frequencies)
+    assert rotary != plain
+    assert kept(rope_frequencies=frequencies.tolist(), protection_score="energy") == rotary
+    assert kept(rope_frequencies=frequencies, protection_score="energy_value") != rotary
+    assert kept(rope_frequencies=frequencies, rope_layout="interleaved") != rotary
+    assert kept(rope_frequencies=None, protection_score="energy") == plain
+    with pytest.raises(express_kv.ArgumentError, match="rope_frequency_count"):
+        cache_of(rope_frequencies=np.ones(9, np.float32))
+    with pytest.raises(ValueError, match="protection_score"):
+        cache_of(protection_score="attention")
+    pickled = pickle.loads(pickle.dumps(cache_of(rope_frequencies=frequencies)))
+    with pytest.raises(express_kv.ArgumentError, match="rotary frequencies"):
+        cache_of().load(pickled.save())
+
+
 def test_compress_kv():
     s = stream(500)
     k, v, log_weight, position = express_kv.compress_kv(s["k"], s["v"], budget=64, dtype="float32")

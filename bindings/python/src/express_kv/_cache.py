@@ -20,6 +20,8 @@ _CHOICES: dict[str, dict[str, int]] = {
     "schedule": {"budget": 0, "rounds": 1},
     "halving": {"kernel": 0, "coin": 1},
     "head_budgets": {"auto": 0, "fixed": 1, "observed": 2},
+    "protection_score": {"auto": 0, "energy": 1, "energy_value": 2},
+    "rope_layout": {"halves": 0, "interleaved": 1},
 }
 
 
@@ -40,6 +42,9 @@ def _fields(options: Mapping[str, Any]) -> dict[str, Any]:
             fields[name] = choices[value]
     if "value_dim" not in fields and "key_dim" in fields:
         fields["value_dim"] = fields["key_dim"]
+    if "rope_frequencies" in fields:  # any sequence, or a one-dimensional array or tensor on any device
+        frequencies = fields["rope_frequencies"]
+        fields["rope_frequencies"] = [float(x) for x in (() if frequencies is None else frequencies)]
     for name in ("auto_compress", "validate"):
         if name in fields:
             fields[name] = int(fields[name])
@@ -56,6 +61,8 @@ class Cache:
       device ("cpu", "cuda", "cuda:1"),
       sinks, window, protected_entries, rollback_reserve, head_share (a number per layer or per layer and KV head),
       head_settings (tuples of budget, sinks, window, protected_entries), head_budgets ("auto", "fixed", "observed"),
+      rope_frequencies: by how many radians the model turns each pair of a key's elements from one token to the next (its rotary_emb's
+      inv_freq), in all layers alike; rope_layout ("halves", "interleaved"); protection_score ("auto", "energy", "energy_value"),
       schedule ("budget", "rounds"), halving ("kernel", "coin"),
       weight_exponent, gamma, tau, delta, level_fraction, level_floor, max_levels, seed, first_layer, first_kv_head,
       prefill_block, auto_compress, validate, threads.

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers import cache_utils
 
 from .._cache import Cache
+from ._rotary import rope_frequencies
 from ._sequences import Sequences
 
 MARK = "_express_layer"  # the attribute of the keys that update() hands to the attention function
@@ -87,7 +88,8 @@ class ExpressCache(cache_utils.Cache):
 
     config: the model's       budget: entries per KV head, or with budget_unit="bytes" bytes per sequence (and rank)
     options: of express_kv.Cache (sinks, window, rollback_reserve, head_settings, seed, prefill_block, threads, ...); layers, heads, dims,
-    scale, dtype and device follow from the model. Settings by head are given for all KV heads of the model, on every rank.
+    scale, dtype and device follow from the model, and of models whose keys are known to turn alike in all layers rope_frequencies do, unless
+    they or rope_layout are given. Settings by head are given for all KV heads of the model, on every rank.
 
     The model must run with attn_implementation="express". Memory is allocated in the first forward pass, per sequence of the batch, and does
     not grow. If a forward pass fails, reset() before the next.
@@ -102,6 +104,8 @@ class ExpressCache(cache_utils.Cache):
         for i, layer in enumerate(layers):
             if isinstance(layer, cache_utils.DynamicLayer) and i not in full and not layer.is_sliding:
                 raise NotImplementedError(f"config: layer {i} would have a {type(layer).__name__}, which Express cannot take the place of")
+        if not options.keys() & {"rope_frequencies", "rope_layout"} and (frequencies := rope_frequencies(config)):
+            options["rope_frequencies"] = frequencies
         kv_heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         self._sequences = Sequences(len(full), int(kv_heads), {"budget": budget, **options})
         for index, i in enumerate(full):
