@@ -44,6 +44,11 @@ pub const EXPRESS_HALVING_COIN: i32 = 1;
 pub const EXPRESS_HEAD_BUDGETS_AUTO: i32 = 0;
 pub const EXPRESS_HEAD_BUDGETS_FIXED: i32 = 1;
 pub const EXPRESS_HEAD_BUDGETS_OBSERVED: i32 = 2;
+pub const EXPRESS_PROTECTION_SCORE_AUTO: i32 = 0;
+pub const EXPRESS_PROTECTION_SCORE_ENERGY: i32 = 1;
+pub const EXPRESS_PROTECTION_SCORE_ENERGY_VALUE: i32 = 2;
+pub const EXPRESS_ROPE_LAYOUT_HALVES: i32 = 0;
+pub const EXPRESS_ROPE_LAYOUT_INTERLEAVED: i32 = 1;
 pub const EXPRESS_BUDGET_ENTRIES: i32 = 0;
 pub const EXPRESS_BUDGET_BYTES: i32 = 1;
 
@@ -128,6 +133,10 @@ pub struct express_config {
     pub parallel_for_context: *mut c_void,
     pub stream: *mut c_void,
     pub head_budgets: i32,
+    pub protection_score: i32,
+    pub rope_frequencies: *const f32,
+    pub rope_frequency_count: i64,
+    pub rope_layout: i32,
     pub reserved: i32,
 }
 

@@ -67,6 +67,10 @@ fn ours() -> BTreeMap<String, i64> {
             parallel_for_context,
             stream,
             head_budgets,
+            protection_score,
+            rope_frequencies,
+            rope_frequency_count,
+            rope_layout,
             reserved,
         }
     );
@@ -123,6 +127,11 @@ fn ours() -> BTreeMap<String, i64> {
         EXPRESS_HEAD_BUDGETS_AUTO,
         EXPRESS_HEAD_BUDGETS_FIXED,
         EXPRESS_HEAD_BUDGETS_OBSERVED,
+        EXPRESS_PROTECTION_SCORE_AUTO,
+        EXPRESS_PROTECTION_SCORE_ENERGY,
+        EXPRESS_PROTECTION_SCORE_ENERGY_VALUE,
+        EXPRESS_ROPE_LAYOUT_HALVES,
+        EXPRESS_ROPE_LAYOUT_INTERLEAVED,
         EXPRESS_BUDGET_ENTRIES,
         EXPRESS_BUDGET_BYTES,
     );

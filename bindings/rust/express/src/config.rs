@@ -29,6 +29,26 @@ pub enum HeadBudgets {
     Observed,
 }
 
+/// By which score entries are protected; keys are taken without their positions where rotary frequencies are given.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProtectionScore {
+    /// By the budget.
+    Auto,
+    /// How far a key is from the mean key.
+    Energy,
+    /// The same times the norm of the value.
+    EnergyValue,
+}
+
+/// Which elements of a key are turned together, of 2 n that are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RopeLayout {
+    /// Elements i and n + i.
+    Halves,
+    /// Elements 2 i and 2 i + 1.
+    Interleaved,
+}
+
 /// What [`Config::budget`] counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum BudgetUnit {
@@ -54,6 +74,7 @@ pub struct Config {
     raw: sys::express_config,
     head_share: Vec<f32>,
     head_settings: Vec<sys::express_head_setting>,
+    rope_frequencies: Vec<f32>,
 }
 
 // The only pointers in `raw` are a stream's, which is a handle, and those that `raw()` sets for the length of a call.
@@ -83,7 +104,7 @@ impl Config {
         raw.kv_heads = kv_heads;
         raw.key_dim = dim;
         raw.value_dim = dim;
-        Config { raw, head_share: Vec::new(), head_settings: Vec::new() }
+        Config { raw, head_share: Vec::new(), head_settings: Vec::new(), rope_frequencies: Vec::new() }
     }
 
     fields! {
@@ -165,6 +186,18 @@ impl Config {
         self.raw.head_budgets = budgets as i32;
         self
     }
+    /// By which score entries are protected.
+    pub fn protection_score(mut self, score: ProtectionScore) -> Config {
+        self.raw.protection_score = score as i32;
+        self
+    }
+    /// The model's rotary positions: by how many radians each pair of a key's elements is turned from one token to the next, in all layers
+    /// and heads alike. Protected entries are then chosen by keys without them.
+    pub fn rope_frequencies(mut self, frequencies: &[f32], layout: RopeLayout) -> Config {
+        self.rope_frequencies = frequencies.to_vec();
+        self.raw.rope_layout = layout as i32;
+        self
+    }
     /// Shares of the budget, one per layer or per (layer, KV head).
     pub fn head_share(mut self, shares: &[f32]) -> Config {
         self.head_share = shares.to_vec();
@@ -202,6 +235,10 @@ impl Config {
         if !self.head_settings.is_empty() {
             raw.head_settings = self.head_settings.as_ptr();
             raw.head_settings_count = self.head_settings.len() as i64;
+        }
+        if !self.rope_frequencies.is_empty() {
+            raw.rope_frequencies = self.rope_frequencies.as_ptr();
+            raw.rope_frequency_count = self.rope_frequencies.len() as i64;
         }
         raw
     }

@@ -27,7 +27,7 @@ mod error;
 mod tensor;
 
 pub use cache::{append_batch, attend_batch, compress_kv, compress_kv_workspace, size, version, Cache, Size, Stats};
-pub use config::{BudgetUnit, Config, Halving, HeadBudgets, HeadSetting, Schedule};
+pub use config::{BudgetUnit, Config, Halving, HeadBudgets, HeadSetting, ProtectionScore, RopeLayout, Schedule};
 pub use error::{Error, Result, Status};
 pub use tensor::{Bf16, DType, Device, Element, Tensor, TensorMut, F16};
 

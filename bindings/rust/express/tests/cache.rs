@@ -185,6 +185,25 @@ fn saved_and_copied_caches_go_on() {
 }
 
 #[test]
+fn rotary_frequencies_change_what_is_kept() {
+    let kept = |config: Config| {
+        let mut cache = Cache::new(&config.head_budgets(HeadBudgets::Fixed).budget(96)).unwrap();
+        Stream::new(400, 8).append(&mut cache, 0);
+        held(&cache, 0, 0)
+    };
+    let frequencies = [1.0, 0.5, 0.25, 0.1];
+    let plain = kept(config());
+    let halves = kept(config().rope_frequencies(&frequencies, RopeLayout::Halves));
+    assert_ne!(halves, plain);
+    assert_ne!(kept(config().rope_frequencies(&frequencies, RopeLayout::Interleaved)), halves);
+    let score = |score| config().rope_frequencies(&frequencies, RopeLayout::Halves).protection_score(score);
+    assert_eq!(kept(score(ProtectionScore::Energy)), halves);
+    assert_ne!(kept(score(ProtectionScore::EnergyValue)), halves);
+    let error = Cache::new(&config().rope_frequencies(&[0.1, 4.0], RopeLayout::Halves)).unwrap_err();
+    assert!(error.to_string().contains("rope_frequencies[1]"), "{error}");
+}
+
+#[test]
 fn rollback_and_compress() {
     let mut cache = Cache::new(&config().rollback_reserve(4)).unwrap();
     let s = Stream::new(300, 8);
