@@ -31,42 +31,47 @@ func golden(t *testing.T) map[string]int64 {
 
 func TestNumbersAreThoseOfTheABI(t *testing.T) {
 	ours := map[string]int64{
-		"EXPRESS_AUTO":                        Auto,
-		"EXPRESS_STATUS_OK":                   int64(StatusOK),
-		"EXPRESS_STATUS_INVALID_ARGUMENT":     int64(StatusInvalidArgument),
-		"EXPRESS_STATUS_OUT_OF_RANGE":         int64(StatusOutOfRange),
-		"EXPRESS_STATUS_SHAPE_MISMATCH":       int64(StatusShapeMismatch),
-		"EXPRESS_STATUS_DTYPE_MISMATCH":       int64(StatusDTypeMismatch),
-		"EXPRESS_STATUS_DEVICE_MISMATCH":      int64(StatusDeviceMismatch),
-		"EXPRESS_STATUS_NOT_FINITE":           int64(StatusNotFinite),
-		"EXPRESS_STATUS_BUDGET_TOO_SMALL":     int64(StatusBudgetTooSmall),
-		"EXPRESS_STATUS_WOULD_COMPRESS":       int64(StatusWouldCompress),
-		"EXPRESS_STATUS_ROLLBACK_UNAVAILABLE": int64(StatusRollbackUnavailable),
-		"EXPRESS_STATUS_BUFFER_TOO_SMALL":     int64(StatusBufferTooSmall),
-		"EXPRESS_STATUS_SIZE_OVERFLOW":        int64(StatusSizeOverflow),
-		"EXPRESS_STATUS_OUT_OF_MEMORY":        int64(StatusOutOfMemory),
-		"EXPRESS_STATUS_UNSUPPORTED":          int64(StatusUnsupported),
-		"EXPRESS_STATUS_BROKEN":               int64(StatusBroken),
-		"EXPRESS_STATUS_INTERNAL":             int64(StatusInternal),
-		"EXPRESS_STATUS_DEVICE_ERROR":         int64(StatusDeviceError),
-		"EXPRESS_STATUS_STEPS_PENDING":        int64(StatusStepsPending),
-		"EXPRESS_STATUS_RING_FULL":            int64(StatusRingFull),
-		"EXPRESS_DTYPE_F32":                   int64(DTypeF32),
-		"EXPRESS_DTYPE_F16":                   int64(DTypeF16),
-		"EXPRESS_DTYPE_BF16":                  int64(DTypeBF16),
-		"EXPRESS_DTYPE_I8":                    int64(DTypeI8),
-		"EXPRESS_DTYPE_I64":                   int64(DTypeI64),
-		"EXPRESS_DEVICE_CPU":                  int64(DeviceCPU),
-		"EXPRESS_DEVICE_CUDA":                 int64(DeviceCUDA),
-		"EXPRESS_SCHEDULE_BUDGET":             int64(ScheduleBudget),
-		"EXPRESS_SCHEDULE_ROUNDS":             int64(ScheduleRounds),
-		"EXPRESS_HALVING_KERNEL":              int64(HalvingKernel),
-		"EXPRESS_HALVING_COIN":                int64(HalvingCoin),
-		"EXPRESS_HEAD_BUDGETS_AUTO":           int64(HeadBudgetsAuto),
-		"EXPRESS_HEAD_BUDGETS_FIXED":          int64(HeadBudgetsFixed),
-		"EXPRESS_HEAD_BUDGETS_OBSERVED":       int64(HeadBudgetsObserved),
-		"EXPRESS_BUDGET_ENTRIES":              int64(BudgetEntries),
-		"EXPRESS_BUDGET_BYTES":                int64(BudgetBytes),
+		"EXPRESS_AUTO":                          Auto,
+		"EXPRESS_STATUS_OK":                     int64(StatusOK),
+		"EXPRESS_STATUS_INVALID_ARGUMENT":       int64(StatusInvalidArgument),
+		"EXPRESS_STATUS_OUT_OF_RANGE":           int64(StatusOutOfRange),
+		"EXPRESS_STATUS_SHAPE_MISMATCH":         int64(StatusShapeMismatch),
+		"EXPRESS_STATUS_DTYPE_MISMATCH":         int64(StatusDTypeMismatch),
+		"EXPRESS_STATUS_DEVICE_MISMATCH":        int64(StatusDeviceMismatch),
+		"EXPRESS_STATUS_NOT_FINITE":             int64(StatusNotFinite),
+		"EXPRESS_STATUS_BUDGET_TOO_SMALL":       int64(StatusBudgetTooSmall),
+		"EXPRESS_STATUS_WOULD_COMPRESS":         int64(StatusWouldCompress),
+		"EXPRESS_STATUS_ROLLBACK_UNAVAILABLE":   int64(StatusRollbackUnavailable),
+		"EXPRESS_STATUS_BUFFER_TOO_SMALL":       int64(StatusBufferTooSmall),
+		"EXPRESS_STATUS_SIZE_OVERFLOW":          int64(StatusSizeOverflow),
+		"EXPRESS_STATUS_OUT_OF_MEMORY":          int64(StatusOutOfMemory),
+		"EXPRESS_STATUS_UNSUPPORTED":            int64(StatusUnsupported),
+		"EXPRESS_STATUS_BROKEN":                 int64(StatusBroken),
+		"EXPRESS_STATUS_INTERNAL":               int64(StatusInternal),
+		"EXPRESS_STATUS_DEVICE_ERROR":           int64(StatusDeviceError),
+		"EXPRESS_STATUS_STEPS_PENDING":          int64(StatusStepsPending),
+		"EXPRESS_STATUS_RING_FULL":              int64(StatusRingFull),
+		"EXPRESS_DTYPE_F32":                     int64(DTypeF32),
+		"EXPRESS_DTYPE_F16":                     int64(DTypeF16),
+		"EXPRESS_DTYPE_BF16":                    int64(DTypeBF16),
+		"EXPRESS_DTYPE_I8":                      int64(DTypeI8),
+		"EXPRESS_DTYPE_I64":                     int64(DTypeI64),
+		"EXPRESS_DEVICE_CPU":                    int64(DeviceCPU),
+		"EXPRESS_DEVICE_CUDA":                   int64(DeviceCUDA),
+		"EXPRESS_SCHEDULE_BUDGET":               int64(ScheduleBudget),
+		"EXPRESS_SCHEDULE_ROUNDS":               int64(ScheduleRounds),
+		"EXPRESS_HALVING_KERNEL":                int64(HalvingKernel),
+		"EXPRESS_HALVING_COIN":                  int64(HalvingCoin),
+		"EXPRESS_HEAD_BUDGETS_AUTO":             int64(HeadBudgetsAuto),
+		"EXPRESS_HEAD_BUDGETS_FIXED":            int64(HeadBudgetsFixed),
+		"EXPRESS_HEAD_BUDGETS_OBSERVED":         int64(HeadBudgetsObserved),
+		"EXPRESS_PROTECTION_SCORE_AUTO":         int64(ProtectionScoreAuto),
+		"EXPRESS_PROTECTION_SCORE_ENERGY":       int64(ProtectionScoreEnergy),
+		"EXPRESS_PROTECTION_SCORE_ENERGY_VALUE": int64(ProtectionScoreEnergyValue),
+		"EXPRESS_ROPE_LAYOUT_HALVES":            int64(RopeLayoutHalves),
+		"EXPRESS_ROPE_LAYOUT_INTERLEAVED":       int64(RopeLayoutInterleaved),
+		"EXPRESS_BUDGET_ENTRIES":                int64(BudgetEntries),
+		"EXPRESS_BUDGET_BYTES":                  int64(BudgetBytes),
 	}
 	for name, layout := range abi.Structs {
 		ours[fmt.Sprintf("sizeof(%s)", name)] = int64(layout.Size())
@@ -122,7 +127,7 @@ func snake(name string) string {
 // Every field of the config, set to a number of its own, arrives in the field of C that has its name, and in no other.
 func TestEveryFieldOfTheConfigArrives(t *testing.T) {
 	defaults := NewConfig(1, 1, 64)
-	plain, _, _, err := defaults.raw()
+	plain, _, err := defaults.raw()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -130,7 +135,7 @@ func TestEveryFieldOfTheConfigArrives(t *testing.T) {
 	for i, layout := 0, abi.Structs["express_config"]; i < layout.NumField(); i++ {
 		left[layout.Field(i).Name] = true
 	}
-	for _, own := range []string{"struct_size", "head_share_count", "head_settings_count", "_", "reserved"} {
+	for _, own := range []string{"struct_size", "head_share_count", "head_settings_count", "rope_frequency_count", "_", "reserved"} {
 		delete(left, own)
 	}
 	function, _ := abi.SerialFor()
@@ -147,6 +152,8 @@ func TestEveryFieldOfTheConfigArrives(t *testing.T) {
 			config.HeadShare, name, want = []float32{1, 2, 3}, "head_share_count", "3"
 		case "HeadSettings":
 			config.HeadSettings, name, want = []HeadSetting{{9, 8, 7, 6}}, "head_settings_count", "1"
+		case "RopeFrequencies":
+			config.RopeFrequencies, name, want = []float32{3, 2}, "rope_frequency_count", "2"
 		case "ParallelFor", "ParallelForContext":
 			value.SetPointer(function)
 			want = fmt.Sprint(uintptr(function))
@@ -164,15 +171,18 @@ func TestEveryFieldOfTheConfigArrives(t *testing.T) {
 			}
 			want = fmt.Sprint(value.Interface())
 		}
-		raw, shares, settings, err := config.raw()
+		raw, at, err := config.raw()
 		if err != nil {
 			t.Fatal(err)
 		}
-		if field.Name == "HeadShare" && (shares == nil || *shares != 1) {
+		if field.Name == "HeadShare" && (at.shares == nil || *at.shares != 1) {
 			t.Error("HeadShare is not passed")
 		}
+		if field.Name == "RopeFrequencies" && (at.frequencies == nil || *at.frequencies != 3) {
+			t.Error("RopeFrequencies are not passed")
+		}
 		if field.Name == "HeadSettings" {
-			if settings == nil || fmt.Sprint(*settings) != "{9 8 7 6}" {
+			if at.settings == nil || fmt.Sprint(*at.settings) != "{9 8 7 6}" {
 				t.Error("HeadSettings are not passed")
 			}
 		}

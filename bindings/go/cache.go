@@ -28,11 +28,11 @@ type Workspace struct {
 
 // New is express_create. The garbage collector frees caches that are forgotten, but knows nothing of their size: Close them.
 func New(config *Config) (*Cache, error) {
-	raw, shares, settings, err := config.raw()
+	raw, at, err := config.raw()
 	if err != nil {
 		return nil, err
 	}
-	made := C.call_create(raw, shares, settings)
+	made := C.call_create(raw, at.shares, at.settings, at.frequencies)
 	if err := failure(made.result); err != nil {
 		return nil, err
 	}
@@ -43,11 +43,11 @@ func New(config *Config) (*Cache, error) {
 
 // Size is express_size: what New would take, without taking it, in bytes, and the mean entries per KV head.
 func Size(config *Config) (bytes, meanEntries int64, err error) {
-	raw, shares, settings, err := config.raw()
+	raw, at, err := config.raw()
 	if err != nil {
 		return 0, 0, err
 	}
-	s := C.call_size(raw, shares, settings)
+	s := C.call_size(raw, at.shares, at.settings, at.frequencies)
 	return int64(s.bytes), int64(s.mean_entries), failure(s.result)
 }
 

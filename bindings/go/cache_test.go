@@ -1,6 +1,7 @@
 package express
 
 import (
+	"bytes"
 	"errors"
 	"math"
 	"math/rand"
@@ -434,6 +435,37 @@ func TestBudgetsThatDifferByHead(t *testing.T) {
 	config.HeadShare = []float32{1, 2, 3}
 	if _, err := New(&config); !errors.Is(err, StatusInvalidArgument) {
 		t.Errorf("three shares: %v", err)
+	}
+}
+
+func TestRotaryFrequenciesChangeWhatIsSaved(t *testing.T) {
+	config := testConfig()
+	config.HeadBudgets = HeadBudgetsFixed
+	saved := func() []byte {
+		cache, s := newCache(t, config), newStream(400, 15)
+		s.appendTo(t, cache, 0)
+		data, err := cache.Save()
+		must(t, err)
+		return data
+	}
+	plain := saved()
+	config.RopeFrequencies = []float32{1, 0.5, 0.25}
+	rotary := saved()
+	if bytes.Equal(rotary, plain) {
+		t.Error("the same")
+	}
+	config.ProtectionScore = ProtectionScoreEnergyValue
+	if bytes.Equal(saved(), rotary) {
+		t.Error("values make no difference")
+	}
+	config.RopeLayout = RopeLayoutInterleaved
+	config.ProtectionScore = ProtectionScoreAuto
+	if bytes.Equal(saved(), rotary) {
+		t.Error("the layout makes no difference")
+	}
+	config.RopeFrequencies[1] = 4
+	if _, err := New(&config); !errors.Is(err, StatusInvalidArgument) {
+		t.Errorf("4 radians: %v", err)
 	}
 }
 

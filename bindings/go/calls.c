@@ -29,28 +29,32 @@ static const express_tensor *tensor(const view *at, void *data, express_tensor *
 
 static express_cache *of_c(const handle *cache) { return (express_cache *)(uintptr_t)cache; }
 
-static void set_arrays(express_config *config, const float *head_share, const express_head_setting *head_settings) {
+static void set_arrays(express_config *config, const float *head_share, const express_head_setting *head_settings,
+                       const float *rope_frequencies) {
   config->head_share = head_share;
   config->head_settings = head_settings;
+  config->rope_frequencies = rope_frequencies;
 }
 
 result call_config_init(express_config *config) {
   return of(express_config_init(config, (uint32_t)sizeof(*config)), 0);
 }
 
-sized call_size(express_config config, const float *head_share, const express_head_setting *head_settings) {
+sized call_size(express_config config, const float *head_share, const express_head_setting *head_settings,
+                const float *rope_frequencies) {
   sized s;
   memset(&s, 0, sizeof(s));
-  set_arrays(&config, head_share, head_settings);
+  set_arrays(&config, head_share, head_settings, rope_frequencies);
   s.result = of(express_size(&config, &s.bytes, &s.mean_entries), 0);
   return s;
 }
 
-created call_create(express_config config, const float *head_share, const express_head_setting *head_settings) {
+created call_create(express_config config, const float *head_share, const express_head_setting *head_settings,
+                    const float *rope_frequencies) {
   created c;
   express_cache *cache = NULL;
   memset(&c, 0, sizeof(c));
-  set_arrays(&config, head_share, head_settings);
+  set_arrays(&config, head_share, head_settings, rope_frequencies);
   c.result = of(express_create(&config, &cache), 0);
   c.cache = (handle *)cache;
   return c;
@@ -169,25 +173,25 @@ result call_load(handle *cache, const uint8_t *data, uint64_t bytes) {
 result call_copy(handle *cache, const handle *from) { return of(express_copy(of_c(cache), of_c(from)), 0); }
 
 result call_compress_kv_workspace(express_config config, const float *head_share,
-                                  const express_head_setting *head_settings) {
+                                  const express_head_setting *head_settings, const float *rope_frequencies) {
   size_t bytes = 0;
   express_status status;
-  set_arrays(&config, head_share, head_settings);
+  set_arrays(&config, head_share, head_settings, rope_frequencies);
   status = express_compress_kv_workspace(&config, &bytes);
   return of(status, (int64_t)bytes);
 }
 
 result call_compress_kv(express_config config, const float *head_share, const express_head_setting *head_settings,
-                        view k, uint8_t *k_data, view v, uint8_t *v_data, view out_k, uint8_t *out_k_data, view out_v,
-                        uint8_t *out_v_data, view log_weight, uint8_t *log_weight_data, view position,
-                        uint8_t *position_data, uint64_t workspace, uint64_t bytes) {
+                        const float *rope_frequencies, view k, uint8_t *k_data, view v, uint8_t *v_data, view out_k,
+                        uint8_t *out_k_data, view out_v, uint8_t *out_v_data, view log_weight, uint8_t *log_weight_data,
+                        view position, uint8_t *position_data, uint64_t workspace, uint64_t bytes) {
   express_tensor tk, tv, tok, tov, tw, tp;
   express_workspace scratch = {(void *)(uintptr_t)workspace, (size_t)bytes};
   void *taken = NULL;
   result r;
   int64_t count = 0;
   express_status status;
-  set_arrays(&config, head_share, head_settings);
+  set_arrays(&config, head_share, head_settings, rope_frequencies);
   if (workspace == 0 && config.device_type == EXPRESS_DEVICE_CPU) {
     status = express_compress_kv_workspace(&config, &scratch.bytes);
     if (status != EXPRESS_STATUS_OK) return of(status, 0);

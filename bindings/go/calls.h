@@ -46,8 +46,10 @@ typedef struct counted {
 
 result call_config_init(express_config *config);
 /* The arrays of a config come beside it, too. */
-sized call_size(express_config config, const float *head_share, const express_head_setting *head_settings);
-created call_create(express_config config, const float *head_share, const express_head_setting *head_settings);
+sized call_size(express_config config, const float *head_share, const express_head_setting *head_settings,
+                const float *rope_frequencies);
+created call_create(express_config config, const float *head_share, const express_head_setting *head_settings,
+                    const float *rope_frequencies);
 void call_destroy(handle *cache);
 result call_reset(handle *cache);
 
@@ -77,12 +79,12 @@ result call_save(const handle *cache, uint8_t *data, uint64_t bytes);
 result call_load(handle *cache, const uint8_t *data, uint64_t bytes);
 result call_copy(handle *cache, const handle *from);
 result call_compress_kv_workspace(express_config config, const float *head_share,
-                                  const express_head_setting *head_settings);
+                                  const express_head_setting *head_settings, const float *rope_frequencies);
 /* Without a workspace, one is taken for the call from the host's memory. */
 result call_compress_kv(express_config config, const float *head_share, const express_head_setting *head_settings,
-                        view k, uint8_t *k_data, view v, uint8_t *v_data, view out_k, uint8_t *out_k_data, view out_v,
-                        uint8_t *out_v_data, view log_weight, uint8_t *log_weight_data, view position,
-                        uint8_t *position_data, uint64_t workspace, uint64_t bytes);
+                        const float *rope_frequencies, view k, uint8_t *k_data, view v, uint8_t *v_data, view out_k,
+                        uint8_t *out_k_data, view out_v, uint8_t *out_v_data, view log_weight, uint8_t *log_weight_data,
+                        view position, uint8_t *position_data, uint64_t workspace, uint64_t bytes);
 counted call_get_stats(const handle *cache, int32_t layer);
 result call_bytes(const handle *cache);
 

@@ -7,11 +7,11 @@ import "C"
 
 // CompressKVWorkspace is express_compress_kv_workspace: bytes of scratch that CompressKV needs.
 func CompressKVWorkspace(config *Config) (uint64, error) {
-	raw, shares, settings, err := config.raw()
+	raw, at, err := config.raw()
 	if err != nil {
 		return 0, err
 	}
-	r := C.call_compress_kv_workspace(raw, shares, settings)
+	r := C.call_compress_kv_workspace(raw, at.shares, at.settings, at.frequencies)
 	return uint64(r.value), failure(r)
 }
 
@@ -23,11 +23,11 @@ func CompressKV(config *Config, k, v, outK, outV, logWeight, position Tensor, wo
 	if k.wrong|v.wrong|outK.wrong|outV.wrong|logWeight.wrong|position.wrong != 0 {
 		return 0, wrongOf([]string{"k", "v", "out_k", "out_v", "log_weight", "position"}, &k, &v, &outK, &outV, &logWeight, &position)
 	}
-	raw, shares, settings, err := config.raw()
+	raw, at, err := config.raw()
 	if err != nil {
 		return 0, err
 	}
-	r := C.call_compress_kv(raw, shares, settings, k.view, k.bytes(), v.view, v.bytes(), outK.view, outK.bytes(), outV.view,
+	r := C.call_compress_kv(raw, at.shares, at.settings, at.frequencies, k.view, k.bytes(), v.view, v.bytes(), outK.view, outK.bytes(), outV.view,
 		outV.bytes(), logWeight.view, logWeight.bytes(), position.view, position.bytes(), C.uint64_t(workspace.Address),
 		C.uint64_t(workspace.Bytes))
 	return int(r.value), failure(r)

@@ -33,6 +33,26 @@ const (
 	HeadBudgetsObserved HeadBudgets = C.EXPRESS_HEAD_BUDGETS_OBSERVED
 )
 
+// ProtectionScore is by which score entries are protected: express_protection_score.
+type ProtectionScore int32
+
+// By the budget; how far keys are from the mean, without their positions where RopeFrequencies are given; the same times the norm of the
+// value.
+const (
+	ProtectionScoreAuto        ProtectionScore = C.EXPRESS_PROTECTION_SCORE_AUTO
+	ProtectionScoreEnergy      ProtectionScore = C.EXPRESS_PROTECTION_SCORE_ENERGY
+	ProtectionScoreEnergyValue ProtectionScore = C.EXPRESS_PROTECTION_SCORE_ENERGY_VALUE
+)
+
+// RopeLayout is which elements of a key are turned together: express_rope_layout.
+type RopeLayout int32
+
+// Element i and the one n behind it, of 2 n; or elements 2 i and 2 i + 1.
+const (
+	RopeLayoutHalves      RopeLayout = C.EXPRESS_ROPE_LAYOUT_HALVES
+	RopeLayoutInterleaved RopeLayout = C.EXPRESS_ROPE_LAYOUT_INTERLEAVED
+)
+
 // Halving is how pairs are decided: express_halving.
 type Halving int32
 
@@ -77,6 +97,11 @@ type Config struct {
 	HeadShare    []float32
 	HeadSettings []HeadSetting
 	HeadBudgets  HeadBudgets
+	// Which entries stand out; and the model's rotary positions, for that: by how many radians pairs of a key's elements are turned from
+	// one token to the next, in all layers and heads alike. None: not known.
+	ProtectionScore ProtectionScore
+	RopeFrequencies []float32
+	RopeLayout      RopeLayout
 
 	// The method.
 	Schedule                          Schedule
@@ -113,12 +138,19 @@ func NewConfig(queryHeads, kvHeads, dim int) Config {
 		Gamma: float64(c.gamma), Tau: float64(c.tau), Delta: float64(c.delta), LevelFraction: float64(c.level_fraction),
 		LevelFloor: int(c.level_floor), MaxLevels: int(c.max_levels), Seed: uint64(c.seed),
 		PrefillBlock: int(c.prefill_block), AutoCompress: c.auto_compress != 0, Validate: c.validate != 0, Threads: int(c.threads),
-		HeadBudgets: HeadBudgets(c.head_budgets),
+		HeadBudgets: HeadBudgets(c.head_budgets), ProtectionScore: ProtectionScore(c.protection_score),
+		RopeLayout: RopeLayout(c.rope_layout),
 	}
 }
 
-// raw is the config for C. The pointers to its arrays go beside it.
-func (c *Config) raw() (raw C.express_config, shares *C.float, settings *C.express_head_setting, err error) {
+// arrays are what a config for C refers to. They go beside it.
+type arrays struct {
+	shares, frequencies *C.float
+	settings            *C.express_head_setting
+}
+
+// raw is the config for C.
+func (c *Config) raw() (raw C.express_config, at arrays, err error) {
 	small := func(name string, value int) C.int32_t {
 		if (value < math.MinInt32 || value > math.MaxInt32) && err == nil {
 			err = &Error{StatusInvalidArgument, fmt.Sprintf("config.%s: %d does not fit 32 bits", name, value)}
@@ -146,10 +178,15 @@ func (c *Config) raw() (raw C.express_config, shares *C.float, settings *C.expre
 		seed: C.uint64_t(c.Seed), prefill_block: small("prefill_block", c.PrefillBlock), auto_compress: flag(c.AutoCompress),
 		validate: flag(c.Validate), threads: small("threads", c.Threads), parallel_for: (C.express_parallel_for)(c.ParallelFor),
 		parallel_for_context: c.ParallelForContext, head_budgets: C.int32_t(c.HeadBudgets),
+		protection_score: C.int32_t(c.ProtectionScore), rope_layout: C.int32_t(c.RopeLayout),
+		rope_frequency_count: C.int64_t(len(c.RopeFrequencies)),
 	}
 	*(*uintptr)(unsafe.Pointer(&raw.stream)) = c.Stream // a handle, not memory
 	if len(c.HeadShare) > 0 {
-		shares = (*C.float)(&c.HeadShare[0])
+		at.shares = (*C.float)(&c.HeadShare[0])
+	}
+	if len(c.RopeFrequencies) > 0 {
+		at.frequencies = (*C.float)(&c.RopeFrequencies[0])
 	}
 	if len(c.HeadSettings) > 0 {
 		rows := make([]C.express_head_setting, len(c.HeadSettings))
@@ -157,7 +194,7 @@ func (c *Config) raw() (raw C.express_config, shares *C.float, settings *C.expre
 			rows[i] = C.express_head_setting{budget: C.int64_t(s.Budget), sinks: C.int64_t(s.Sinks), window: C.int64_t(s.Window),
 				protected_entries: C.int64_t(s.ProtectedEntries)}
 		}
-		settings = &rows[0]
+		at.settings = &rows[0]
 	}
-	return raw, shares, settings, err
+	return raw, at, err
 }
