@@ -153,7 +153,8 @@ struct Walk {
   __device__ const T* Key() const { return now.key + static_cast<int64_t>(tile) * kTile * kKeyDim; }
   // Of 8-bit storage: behind the values.
   __device__ const RowScales* Scales() const {
-    return reinterpret_cast<const RowScales*>(now.value + static_cast<int64_t>(now.capacity) * kValueDim) + tile * kTile;
+    return reinterpret_cast<const RowScales*>(now.value + static_cast<int64_t>(now.capacity) * kValueDim) +
+           tile * kTile;
   }
   __device__ const T* Value() const { return now.value + static_cast<int64_t>(tile) * kTile * kValueDim; }
 };

@@ -23,6 +23,12 @@ __device__ inline int64_t BlockStart(const PrefillArgs& args, int64_t block) {
   return max(block * args.block - args.block_offset, int64_t{0});
 }
 
+// The first row that the queries of the block which begins at row `start` see exactly.
+__device__ inline int64_t FirstKeptRow(const PrefillArgs& args, int32_t sinks, int32_t tail, int64_t start) {
+  const int64_t exact = max(static_cast<int64_t>(sinks), args.first_position + start - tail) - args.first_position;
+  return min(max(exact, int64_t{0}), start);
+}
+
 // A KV head has so many jobs of up to `rows` queries, some of them without queries.
 __host__ __device__ inline int64_t PrefillJobs(const PrefillArgs& args, int32_t rows) {
   return args.blocks * args.group * CeilDiv(args.block, rows);
@@ -41,9 +47,7 @@ __device__ inline bool FindJob(const PrefillArgs& args, int32_t rows, int32_t kv
   job.first = start + index % tiles * rows;
   job.last = min(job.first + rows, end);
   const PrefillHead& head = args.heads[kv_head];
-  const int64_t position = args.first_position + start;
-  const int64_t exact = max(static_cast<int64_t>(head.sinks), position - head.tail) - args.first_position;
-  job.begin = min(max(exact, int64_t{0}), start);
+  job.begin = FirstKeptRow(args, head.sinks, head.tail, start);
   return job.first < job.last;
 }
 
