@@ -69,7 +69,7 @@ def prefill(folder, results):
         ours = least([row for row in find(gpu["rows"], n=n, method="express") if row["budget"] == 1024], "ms")
         flash, cudnn = (least(find(gpu["rows"], n=n, method=method), "ms") for method in ("flash", "cudnn"))
         rows.append([str(n), f"{flash:.3f}", f"{cudnn:.3f}", f"{ours:.3f}", f"{flash / ours:.2f}", f"{cudnn / ours:.2f}"])
-    lines = [f"{gpu['machine']}, 32 query / 8 KV heads of 128, bf16, 1024 entries per KV head, ms a layer ([h200_prefill.json](h200_prefill.json)):", ""]
+    lines = [f"{gpu['machine']}, 32 heads of 128, bf16, 1024 entries per head, ms a layer ([h200_prefill.json](h200_prefill.json)):", ""]
     lines += report.table(["tokens", "FlashAttention-2", "cuDNN", "Express", "FlashAttention-2 ÷", "cuDNN ÷"], rows)
     cpu = table_of(os.path.join(folder, "cpu.md"), "n", "## Causal prefill")
     lines += ["Two CPU cores, 4 query / 2 KV heads of 128 ([cpu.md](cpu.md)):", ""]

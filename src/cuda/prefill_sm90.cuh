@@ -69,7 +69,7 @@ struct Memory {
   __device__ uint32_t ValueEmpty(uint32_t i) const { return Barrier(5, i); }
 
   __device__ void Init() const {
-    constexpr int kReaders = kConsumers * kWarpgroup / kWarp;  // warps
+    constexpr int kReaders = kConsumers * kWarpgroup;
     for (uint32_t i = 0; i < 2; ++i) {
       BarrierInit(QueryFull(i), kWarpgroup + 1);  // copies and what work it is
       BarrierInit(QueryEmpty(i), kReaders);
