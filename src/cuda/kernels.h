@@ -69,7 +69,7 @@ struct HalveParams {  // as on the CPU
   bool coin;
 };
 
-// ---- steps (execute.cu) ----
+// ---- steps (execute.cu, execute.cuh) ----
 
 struct Ring;                               // ring.h
 inline constexpr int32_t kMaxBatch = 256;  // caches of one launch
