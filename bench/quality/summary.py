@@ -13,8 +13,10 @@ import report
 
 LENGTH = 16384
 BYTES8, BYTES16, SAME = "express, observed, 8 bits, equal bytes", "express, observed, equal bytes", "express, observed"
-NAMES = {BYTES8: "**express, observed, 8 bits in the same bytes**", BYTES16: "express, observed, 16 bits in the same bytes", SAME: "express, observed, same entries"}
-SHOWN = ("window", "window, far mass", "window, 8 bits", "window, 4 bits", "expected+window", "keydiff+window", BYTES16, BYTES8, SAME)
+ROTARY8 = "express, observed, without positions, 8 bits, equal bytes"
+NAMES = {BYTES8: "**express, observed, 8 bits in the same bytes**", BYTES16: "express, observed, 16 bits in the same bytes", SAME: "express, observed, same entries",
+         ROTARY8: "the same 8 bits, with the model's rotary frequencies"}
+SHOWN = ("window", "window, far mass", "window, 8 bits", "window, 4 bits", "expected+window", "keydiff+window", BYTES16, BYTES8, ROTARY8, SAME)
 BUDGETS = (256, 512, 1024, 2048, 4096)
 
 
