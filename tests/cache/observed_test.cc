@@ -73,14 +73,6 @@ ExpressCache Create(const Config& c) {
   return cache;
 }
 
-std::vector<char> Saved(const ExpressCache& cache) {
-  size_t bytes = 0;
-  EXPECT_OK(cache.SaveSize(&bytes));
-  std::vector<char> data(bytes);
-  EXPECT_OK(cache.Save(data.data(), bytes));
-  return data;
-}
-
 TEST(Observed, TheHeadThatLooksFarGetsMore) {
   for (const auto& [chunk, dtype] :
        {std::pair{1, DType::kF32}, {16, DType::kF32}, {64, DType::kF32}, {1, DType::kI8}, {64, DType::kI8}}) {

@@ -54,12 +54,8 @@ TEST(Rotary, TheScoreFollowsTheBudget) {
   Config c = SmallConfig();
   static constexpr float kFrequencies[] = {1, 0.1f};
   const auto same = [](Config a, Config b) {
-    size_t bytes = 0;
-    ExpressCache cache = Make(a), other = Make(b);
-    EXPECT_OK(cache.SaveSize(&bytes));
-    std::vector<char> data(bytes);
-    EXPECT_OK(cache.Save(data.data(), bytes));
-    return other.Load(data.data(), bytes).ok();
+    const std::vector<char> data = Saved(Make(a));
+    return Make(b).Load(data.data(), data.size()).ok();
   };
   for (const bool frequencies : {false, true})
     for (const int64_t budget : {64, 639, 640, 2000}) {

@@ -7,14 +7,6 @@
 namespace express {
 namespace {
 
-std::vector<char> Saved(const ExpressCache& cache) {
-  size_t bytes = 0;
-  EXPECT_OK(cache.SaveSize(&bytes));
-  std::vector<char> data(bytes, 0x5A);
-  EXPECT_OK(cache.Save(data.data(), data.size()));
-  return data;
-}
-
 // Stats but for times.
 std::vector<int64_t> Counts(const ExpressCache& cache) {
   std::vector<int64_t> all;

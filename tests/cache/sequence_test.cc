@@ -335,11 +335,8 @@ class Sequence {
     if (Pick(0, 1) == 0) {
       EXPECT_OK(other_.Copy(cache_));
     } else {
-      size_t bytes = 0;
-      EXPECT_OK(cache_.SaveSize(&bytes));
-      std::vector<char> data(bytes);
-      EXPECT_OK(cache_.Save(data.data(), bytes));
-      EXPECT_OK(other_.Load(data.data(), bytes));
+      const std::vector<char> data = Saved(cache_);
+      EXPECT_OK(other_.Load(data.data(), data.size()));
     }
     std::swap(cache_, other_);
   }

@@ -2,21 +2,14 @@
 #ifndef EXPRESS_TESTS_CACHE_TESTING_H_
 #define EXPRESS_TESTS_CACHE_TESTING_H_
 
-#include <gtest/gtest.h>
-
 #include <cmath>
 #include <cstdint>
 #include <random>
 #include <vector>
 
-#include "express/cache.h"
+#include "tests/testing.h"
 
 namespace express {
-
-#define EXPECT_OK(expression) \
-  if (const Status status_ = (expression); !status_.ok()) ADD_FAILURE() << #expression << ": " << status_.message()
-#define ASSERT_OK(expression) \
-  if (const Status status_ = (expression); !status_.ok()) FAIL() << #expression << ": " << status_.message()
 
 inline Config SmallConfig() {
   Config c;

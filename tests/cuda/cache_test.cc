@@ -430,23 +430,17 @@ TEST_F(CacheTest, SavedOnOneDeviceLoadedOnTheOther) {
     Config other_config = pair.gpu_config;
     other_config.stream = other;
     ASSERT_OK(ExpressCache::Create(other_config, &gpu));
-    std::vector<char> data, again;
-    size_t bytes = 0;
-    ASSERT_OK(pair.gpu.SaveSize(&bytes));
-    data.resize(bytes), again.resize(bytes);
     for (int32_t layer = 0; layer < c.layers; ++layer) {
       ASSERT_OK(pair.gpu.Append(layer, k.Gpu(0, 500), v.Gpu(0, 500)));
       ASSERT_OK(gpu.Append(layer, k.Gpu(100, 77), v.Gpu(100, 77)));
     }
-    ASSERT_OK(pair.gpu.Save(data.data(), bytes));
-    ASSERT_OK(pair.cpu.Load(data.data(), bytes));
-    ASSERT_OK(pair.cpu.Save(again.data(), bytes));
-    EXPECT_EQ(data, again);
+    const std::vector<char> data = Saved(pair.gpu);
+    ASSERT_OK(pair.cpu.Load(data.data(), data.size()));
+    EXPECT_EQ(Saved(pair.cpu), data);
     ASSERT_OK(gpu.Copy(pair.gpu));
     ASSERT_OK(pair.gpu.Reset());
-    ASSERT_OK(pair.gpu.Load(again.data(), bytes));
-    ASSERT_OK(gpu.Save(again.data(), bytes));
-    EXPECT_EQ(data, again);
+    ASSERT_OK(pair.gpu.Load(data.data(), data.size()));
+    EXPECT_EQ(Saved(gpu), data);
     for (int32_t layer = 0; layer < c.layers; ++layer)
       for (ExpressCache* one : {&pair.gpu, &gpu})
         ASSERT_OK(one->Append(layer, k.Gpu(500, kTokens - 500), v.Gpu(500, kTokens - 500)));

@@ -48,14 +48,6 @@ void FillRows(Mirror& rows, int64_t dim, bool odd, std::mt19937& rng) {
   rows.Upload();
 }
 
-std::vector<char> Saved(const ExpressCache& cache) {
-  size_t bytes = 0;
-  EXPECT_OK(cache.SaveSize(&bytes));
-  std::vector<char> data(bytes);
-  EXPECT_OK(cache.Save(data.data(), bytes));
-  return data;
-}
-
 struct Device {
   void* data = nullptr;
   size_t bytes = 0;

@@ -93,10 +93,7 @@ class Sequence {
     EXPECT_EQ(cudaStreamSynchronize(stream_), cudaSuccess);
     Result result;
     result.out = out_->Raw<uint16_t>();
-    size_t bytes = 0;
-    EXPECT_OK(cache_.SaveSize(&bytes));
-    result.saved.resize(bytes);
-    EXPECT_OK(cache_.Save(result.saved.data(), bytes));
+    result.saved = Saved(cache_);
     return result;
   }
   void Load(const Result& from) { EXPECT_OK(cache_.Load(from.saved.data(), from.saved.size())); }

@@ -107,13 +107,7 @@ class Fed {
       ASSERT_OK(cache.Attend(layer, part(*inputs_.q[l]), part(out_)));
     }
   }
-  std::vector<char> Saved() const {
-    size_t bytes = 0;
-    EXPECT_OK(cache.SaveSize(&bytes));
-    std::vector<char> data(bytes);
-    EXPECT_OK(cache.Save(data.data(), bytes));
-    return data;
-  }
+  std::vector<char> Saved() const { return express::Saved(cache); }
   // As save.cc writes them.
   std::vector<cache::Observed> Observed() const {
     const std::vector<char> data = Saved();

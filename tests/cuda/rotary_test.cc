@@ -36,14 +36,6 @@ Config SmallConfig(DType dtype, const Rotary& rotary, RopeLayout layout) {
   return c;
 }
 
-std::vector<char> Saved(const ExpressCache& cache) {
-  size_t bytes = 0;
-  EXPECT_OK(cache.SaveSize(&bytes));
-  std::vector<char> data(bytes);
-  EXPECT_OK(cache.Save(data.data(), bytes));
-  return data;
-}
-
 // How many bytes differ, where all should be the same.
 int64_t Different(const std::vector<char>& a, const std::vector<char>& b) {
   if (a.size() != b.size()) return -1;

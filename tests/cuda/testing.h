@@ -11,15 +11,11 @@
 #include <random>
 #include <vector>
 
-#include "express/cache.h"
 #include "src/cpu/kernels.h"
+#include "tests/testing.h"
 
 namespace express {
 
-#define EXPECT_OK(expression) \
-  if (const Status status_ = (expression); !status_.ok()) ADD_FAILURE() << #expression << ": " << status_.message()
-#define ASSERT_OK(expression) \
-  if (const Status status_ = (expression); !status_.ok()) FAIL() << #expression << ": " << status_.message()
 #define ASSERT_CUDA(expression) ASSERT_EQ(expression, cudaSuccess) << #expression
 
 // Skips, loudly, where there is no GPU.
