@@ -168,6 +168,21 @@ inline double WeightSum(const Held& held) {
   return sum;
 }
 
+inline Config SmallConfig(DType dtype) {
+  Config c;
+  c.layers = 2;
+  c.query_heads = 8;
+  c.kv_heads = 2;
+  c.key_dim = c.value_dim = 64;
+  c.dtype = dtype;
+  c.budget = 160;
+  c.prefill_block = 64;
+  c.seed = 11;
+  c.head_budgets = HeadBudgets::kFixed;
+  c.threads = 2;
+  return c;
+}
+
 }  // namespace express
 
 #endif  // EXPRESS_TESTS_CUDA_TESTING_H_
