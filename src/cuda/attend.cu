@@ -100,8 +100,10 @@ __global__ __launch_bounds__(kMostWarps* kWarp, 1) void AttendKernel(const __gri
   const int32_t index = static_cast<int32_t>(blockIdx.x) / blocks, first_tile = warp * blocks + rank,
                 step = warps * blocks;
   Share share, next;
-  if (launch.heads) {
-    share = WholeHead(launch, index), next = {nullptr, nullptr, nullptr, 0, index + 1, 0, 0, 1};
+  if (launch.heads > 0) {
+    share = WholeHead(launch, index * launch.heads);
+    const int32_t end = min((index + 1) * launch.heads, launch.args.caches * launch.args.kv_heads);
+    next = {nullptr, nullptr, nullptr, 0, end, 0, 0, 1};
   } else if (launch.cut > 0) {
     CutShare(launch, index, share, next);
   } else {
@@ -274,19 +276,21 @@ int32_t CutShares(const AttendArgs& args, const Head* const* described, const Wo
   return count;
 }
 
-// Of what so many heads need to be done in waves of all blocks at once, the part in which no place is empty.
+// Heads of a block, of as many blocks as there are at once; and the part of these blocks that have some.
+int32_t HeadsOfBlock(int32_t heads, const AttendMachine& machine) {
+  return static_cast<int32_t>(CeilDiv(heads, machine.multiprocessors * machine.blocks));
+}
 double Fill(int32_t heads, const AttendMachine& machine) {
   const int32_t places = machine.multiprocessors * machine.blocks;
-  return static_cast<double>(heads) / static_cast<double>(CeilDiv(heads, places) * places);
+  return static_cast<double>(heads) / (static_cast<double>(HeadsOfBlock(heads, machine)) * places);
 }
 
-// With more heads than multiprocessors, but not many more, blocks that take a head each and follow each other are best: nothing
-// must be merged between blocks, which takes up to 7 us at a launch's end, and one block begins while another is at work. With
-// many more, even shares are, and where heads differ in length.
-bool ManyHeads(int32_t heads, const AttendMachine& machine) { return heads >= 7 * machine.multiprocessors; }
-bool EachHeadABlock(const AttendArgs& args, const Work& work, const AttendMachine& machine) {
+// With more heads than multiprocessors, all alike, blocks that take as many whole heads each are best: nothing must be merged
+// between blocks, which takes up to 7 us at a launch's end. With very many, even shares are, and where heads differ in length.
+bool WholeHeads(const AttendArgs& args, const Work& work, const AttendMachine& machine) {
   const bool alike = !args.sizes_change && int64_t{work.most_units} * work.heads <= work.units * 9 / 8;
-  return alike && machine.blocks > 1 && work.heads > machine.multiprocessors && !ManyHeads(work.heads, machine);
+  return alike && machine.blocks > 1 && work.heads > machine.multiprocessors &&
+         work.heads < 12 * machine.multiprocessors;
 }
 
 // Warps of a block, if there can be so many blocks of a multiprocessor.
@@ -444,7 +448,7 @@ int32_t AttendBlocks(const AttendArgs& args, const Head* const* described, const
     const bool few = 16 * work.heads <= one.multiprocessors && args.max_capacity >= 2048;
     return few ? 2 : 1;
   }
-  if (EachHeadABlock(args, work, two)) return Fill(work.heads, two) < kFilled && three.compute_capability >= 90 ? 3 : 2;
+  if (WholeHeads(args, work, two)) return Fill(work.heads, two) < kFilled && three.compute_capability >= 90 ? 3 : 2;
   return work.heads >= 4 * one.multiprocessors ? 2 : 1;
 }
 
@@ -467,12 +471,14 @@ void Attend(const AttendArgs& args, const Head* const* described, const AttendMa
   Choice choice;
   if (!plain) {
     const Work work = Measure(args, described);
-    const bool each = EachHeadABlock(args, work, machine);
+    const bool each = WholeHeads(args, work, machine);
     choice = each ? Choice{.cluster = 0, .whole = true} : Choose(args, work, machine);
     const int32_t most = machine.clusters[choice.cluster];
-    launch.heads = each || (choice.whole && args.sizes_change);
-    launch.cut = args.sizes_change && !launch.heads ? most : 0;
-    shares = launch.heads     ? work.heads
+    launch.heads = each                                ? HeadsOfBlock(work.heads, machine)
+                   : choice.whole && args.sizes_change ? 1
+                                                       : 0;
+    launch.cut = args.sizes_change && launch.heads == 0 ? most : 0;
+    shares = launch.heads > 0 ? static_cast<int32_t>(CeilDiv(work.heads, launch.heads))
              : launch.cut > 0 ? launch.cut
                               : CutShares(args, described, work, choice.whole, most, launch.shares);
   }

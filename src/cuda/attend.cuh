@@ -43,7 +43,7 @@ struct AttendLaunch {
   int32_t stages;           // of a warp's ring
   int32_t split;            // keys of one block (of the plain kernel)
   int32_t cut;              // > 0: so many shares, which the device cuts itself
-  bool heads;               // a share is a head, which the device looks up itself
+  int32_t heads;            // > 0: a share is so many heads, which the device looks up itself
   Share shares[kMostShares + 1];
 };
 
