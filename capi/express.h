@@ -435,7 +435,8 @@ EXPRESS_API EXPRESS_MUST_USE express_status express_export(const express_cache *
 /* Since 1.1. A cache as bytes in the host's memory, to be kept or sent: keys, values, weights, positions and all state, so that a
  * loaded cache goes on exactly as the saved one would have. The configuration is not among them: express_load needs a cache whose
  * model, dtype, budgets, method, seed and first_layer, first_kv_head are those of the saved one (another device, query_heads,
- * weight_exponent, prefill_block, threads are fine), and takes the place of all that it held. How many bytes there are depends on
+ * weight_exponent, prefill_block, threads are fine; where head_budgets is AUTO, which does not mean the same on all devices, say
+ * what express_stats says of the saved one), and takes the place of all that it held. How many bytes there are depends on
  * the configuration alone. On CUDA both calls wait for the stream. Bytes are checked (configuration, checksum) before
  * anything changes; they are trusted beyond that. */
 EXPRESS_API EXPRESS_MUST_USE express_status express_save_size(const express_cache *cache, size_t *bytes);

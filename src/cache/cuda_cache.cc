@@ -33,12 +33,12 @@ cudaError_t SideStream::Create() {
   // Its short kernels go first: attention waits for them.
   for (cudaStream_t* side : {&stream, &graph})
     if (error == cudaSuccess) error = cudaStreamCreateWithPriority(side, cudaStreamNonBlocking, greatest);
-  for (cudaEvent_t* event : {&begun, &admitted, &selected[0], &selected[1], &attended[0], &attended[1]})
+  for (cudaEvent_t* event : {&begun, &scored, &admitted, &selected[0], &selected[1], &attended[0], &attended[1]})
     if (error == cudaSuccess) error = cudaEventCreateWithFlags(event, cudaEventDisableTiming);
   return error;
 }
 void SideStream::Destroy() {
-  for (const cudaEvent_t event : {begun, admitted, selected[0], selected[1], attended[0], attended[1]})
+  for (const cudaEvent_t event : {begun, scored, admitted, selected[0], selected[1], attended[0], attended[1]})
     if (event != nullptr) cudaEventDestroy(event);
   for (const cudaStream_t side : {stream, graph})
     if (side != nullptr) cudaStreamDestroy(side);
@@ -66,18 +66,21 @@ Status CheckPointer(const char* name, const void* data, int32_t device_id) {
 // Waits until the stream is done, without touching other streams.
 Status Synchronise(cudaStream_t stream) { return CudaError("stream", cudaStreamSynchronize(stream)); }
 
+// All but how attention is launched.
 Status ReadTraits(int32_t device, DeviceTraits* traits) {
-  int major = 0, minor = 0, multiprocessors = 0;
-  EXPRESS_RETURN_IF_ERROR(
-      CudaError("config.device_id", cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)));
-  EXPRESS_RETURN_IF_ERROR(
-      CudaError("config.device_id", cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)));
-  EXPRESS_RETURN_IF_ERROR(
-      CudaError("config.device_id", cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device)));
-  *traits = {.multiprocessors = multiprocessors, .compute_capability = 10 * major + minor, .attend = {}};
+  int major = 0, minor = 0;
+  for (const auto& [attribute, value] : {std::pair(cudaDevAttrComputeCapabilityMajor, &major),
+                                         {cudaDevAttrComputeCapabilityMinor, &minor},
+                                         {cudaDevAttrMultiProcessorCount, &traits->multiprocessors},
+                                         {cudaDevAttrMaxSharedMemoryPerBlockOptin, &traits->shared_bytes}})
+    EXPRESS_RETURN_IF_ERROR(CudaError("config.device_id", cudaDeviceGetAttribute(value, attribute, device)));
+  traits->compute_capability = 10 * major + minor;
   if (traits->compute_capability < 80)
     return Error(StatusCode::kUnsupported, "config.device_id: device ", device, " has compute capability ", major, ".",
                  minor, ", the kernels need 8.0");
+  return Status();
+}
+Status ReadAttendTraits(int32_t device, DeviceTraits* traits) {
   for (int32_t blocks = 1; blocks <= cuda::kMostBlocks; ++blocks)
     EXPRESS_RETURN_IF_ERROR(
         CudaError("config.device_id", cuda::DescribeAttend(device, blocks, &traits->attend[blocks - 1])));
@@ -305,6 +308,7 @@ Status CudaCache::Create(const Resolved& resolved, int64_t bytes, Cache** cache)
   EXPRESS_RETURN_IF_ERROR(CudaError("config.device_id", scope.error()));
   DeviceTraits traits;
   EXPRESS_RETURN_IF_ERROR(ReadTraits(resolved.config.device_id, &traits));
+  EXPRESS_RETURN_IF_ERROR(ReadAttendTraits(resolved.config.device_id, &traits));
   EXPRESS_RETURN_IF_ERROR(CudaError("config", cuda::PrepareAttend(resolved.config.dtype, resolved.config.key_dim,
                                                                   resolved.config.value_dim, traits.attend[0])));
   Arena host_count, device_count;
@@ -398,6 +402,8 @@ Status CudaCache::ResetData() {
 }
 
 Status CudaCache::Place(const Resolved& resolved, int64_t bytes, void* device_memory, CudaCache** cache) {
+  DeviceTraits traits;
+  if (device_memory != nullptr) EXPRESS_RETURN_IF_ERROR(ReadTraits(resolved.config.device_id, &traits));
   Arena count, device_count;
   Layout(resolved.shape(), {}, count, device_count);
   const size_t object = (sizeof(CudaCache) + Arena::kAlignment - 1) / Arena::kAlignment * Arena::kAlignment;
@@ -408,7 +414,7 @@ Status CudaCache::Place(const Resolved& resolved, int64_t bytes, void* device_me
   Arena host(static_cast<char*>(memory) + object), device(base);
   const CudaParts parts = Layout(resolved.shape(), {}, host, device);
   std::fill_n(parts.ahead, resolved.config.layers, 0);
-  *cache = new (memory) CudaCache(resolved, parts, bytes, nullptr, nullptr, DeviceTraits());
+  *cache = new (memory) CudaCache(resolved, parts, bytes, nullptr, nullptr, traits);
   return Status();
 }
 

@@ -39,13 +39,14 @@ class DeviceScope {
 struct DeviceTraits {
   int32_t multiprocessors = 0;
   int32_t compute_capability = 0;                      // 90: 9.0
+  int32_t shared_bytes = 0;                            // of a block, at most
   cuda::AttendMachine attend[cuda::kMostBlocks] = {};  // with one block of a multiprocessor, with two, ..
 };
 
 // Streams beside the caller's, for the selection of a prompt's entries, and the events that order them.
 struct SideStream {
   cudaStream_t stream = nullptr, graph = nullptr;
-  cudaEvent_t begun = nullptr, admitted = nullptr, selected[2] = {}, attended[2] = {};
+  cudaEvent_t begun = nullptr, scored = nullptr, admitted = nullptr, selected[2] = {}, attended[2] = {};
   cudaError_t Create();
   void Destroy();
 };

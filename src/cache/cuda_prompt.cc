@@ -71,8 +71,6 @@ void PromptRun::Layout(const CudaCache& cache, const Shape& s, bool attention, A
   memory->span_heads = arena.Take<cuda::SpanHead>(2 * kv);
   memory->admit_heads = arena.Take<cuda::AdmitHead>(2 * kv);
   memory->prefill_heads = arena.Take<cuda::PrefillHead>(2 * kv);
-  memory->early_heads = arena.Take<cuda::PrefillHead>(kv);
-  memory->zeros = arena.Take<int32_t>(attention ? std::max(s.blocks, kExactTokens / c.prefill_block + 1) : s.blocks);
   memory->gather_heads = arena.Take<cuda::GatherHead>(kv);
   memory->stage_heads = arena.Take<cuda::GatherHead>(kv);
   for (int64_t parity = 0; parity < s.parities; ++parity) {
@@ -187,7 +185,7 @@ void PromptRun::Reserve() {
   StartRecording();
   blocks_.reserve(static_cast<size_t>(shape_.blocks));
   const int64_t most = cache_.MostBudget();
-  ints_.reserve(static_cast<size_t>(std::max({most, shape_.blocks, kExactTokens / 64 + 1})));
+  ints_.reserve(static_cast<size_t>(std::max(most, shape_.blocks)));
   ranks_.reserve(static_cast<size_t>(most));
   lists_.Reserve(most);
   const auto heads = static_cast<size_t>(cache_.config_.kv_heads);
@@ -404,14 +402,18 @@ void PromptRun::Fork(bool spans) {
   cudaStreamWaitEvent(graph_, cache_.side_.begun, 0);
 }
 
-// The protected entries of the span.
-void PromptRun::ChooseProtected() {
+// The protected entries of the span; `scores`: the stream that scores them.
+void PromptRun::ChooseProtected(cudaStream_t scores) {
   int64_t held = 0;
   for (const Begin& begin : begin_) held += begin.protected_count;
   if (spans_ == 0 && held > 0)
     cuda::AdmitBegin(memory_.admit_heads, cache_.config_.kv_heads,
                      cache_.parts_.heads + layer_ * cache_.config_.kv_heads, side_);
-  for (int32_t i = 0; i < plan_count(); ++i) Admit(i);
+  for (int32_t i = 0; i < plan_count(); ++i)
+    if (plan(i).plan.setting().protect > 0) cuda::AdmitScore(AdmitArguments(i), scores);
+  Follow(scores, cache_.side_.scored, side_);
+  for (int32_t i = 0; i < plan_count(); ++i)
+    if (plan(i).plan.setting().protect > 0) cuda::AdmitSelect(AdmitArguments(i), side_);
 }
 
 void PromptRun::BeginGraph() {
@@ -424,7 +426,7 @@ void PromptRun::BeginGraph() {
 void PromptRun::RunGraph(bool more) {
   const auto blocks = block_ > 0 ? static_cast<int32_t>(span_->snapshots(0).size()) : 0;
   Follow(side_, cache_.side_.admitted, graph_);
-  if (spans_ > 0 || graph_ == side_) BeginGraph();
+  if (spans_ > 0) BeginGraph();
   // What is described next takes the place of the span before, whose graph has run, and of what has been read by now.
   if (more) Follow(graph_, cache_.side_.begun, side_);
   // The attention of two spans ago has read the lists that are written now.
@@ -441,34 +443,34 @@ void PromptRun::RunGraph(bool more) {
                 cache_.traits_.multiprocessors, graph_);
 }
 
-void PromptRun::Admit(int32_t i) {
+cuda::AdmitArgs PromptRun::AdmitArguments(int32_t i) const {
   const Config& c = cache_.config_;
   const PlanState& state = plan(i);
   const int64_t protect = state.plan.setting().protect;
-  if (protect == 0) return;
   const Begin& begin = begin_[static_cast<size_t>(i)];
   const int64_t begun = begin.first_departures + begin.departures, departures = span_->departures(i);
   const auto old = static_cast<int64_t>(begin.old_tail.size());
   const int32_t first_admit = state.first_head - plan(0).first_head;
-  cuda::Admit({.heads = memory_.admit_heads + spans_ % 2 * c.kv_heads + first_admit,
-               .head_count = state.head_count,
-               .key_dim = c.key_dim,
-               .protect = static_cast<int32_t>(protect),
-               .dtype = c.dtype,
-               .k = stored_k_,
-               .v = stored_v_,
-               .first = begun,
-               .count = departures,
-               .source_count = std::max<int64_t>(0, old - begin.departures),
-               .centre = begun == 0 && departures > 0 ? state.plan.setting().tail() : 0,
-               .first_row = FirstRow(i),
-               .first_position = first_position_,
-               .snapshot_at = plan_memory_[static_cast<size_t>(i)].snapshot_at,
-               .snapshots = exact_ ? 0 : static_cast<int32_t>(span_->snapshots(i).size()),
-               .source_begin = std::min(old, begin.departures),
-               .value_dim = c.value_dim,
-               .scoring = cache_.DeviceScoring()},
-              side_);
+  return {.heads = memory_.admit_heads + spans_ % 2 * c.kv_heads + first_admit,
+          .head_count = state.head_count,
+          .key_dim = c.key_dim,
+          .protect = static_cast<int32_t>(protect),
+          .dtype = c.dtype,
+          .k = stored_k_,
+          .v = stored_v_,
+          .first = begun,
+          .count = departures,
+          .source_count = std::max<int64_t>(0, old - begin.departures),
+          .centre = begun == 0 && departures > 0 ? state.plan.setting().tail() : 0,
+          .first_row = FirstRow(i),
+          .first_position = first_position_,
+          .snapshot_at = plan_memory_[static_cast<size_t>(i)].snapshot_at,
+          .snapshots = exact_ ? 0 : static_cast<int32_t>(span_->snapshots(i).size()),
+          .source_begin = std::min(old, begin.departures),
+          .value_dim = c.value_dim,
+          .scoring = cache_.DeviceScoring(),
+          .multiprocessors = cache_.traits_.multiprocessors,
+          .shared_bytes = cache_.traits_.shared_bytes};
 }
 
 // The row of the first departure that no old tail entry is, from the span's first departure on.
@@ -480,43 +482,45 @@ int64_t PromptRun::FirstRow(int32_t i) const {
   return sinks + std::max<int64_t>(0, begin.departures - old);
 }
 
-// Blocks [first_block, first_block + blocks), counted from the one that holds row `first`.
-void PromptRun::Attend(const cuda::PrefillHead* heads, int64_t first, int64_t tokens, int64_t first_block,
-                       int64_t blocks) {
-  if (blocks == 0) return;
+// Rows [0, first + tokens), blocks [first_block, first_block + blocks), counted from the one that holds row `first`; heads are not there yet.
+cuda::PrefillArgs PromptRun::PrefillArguments(int64_t first, int64_t tokens, int64_t first_block,
+                                              int64_t blocks) const {
   const Config& c = cache_.config_;
   const auto rows = [](const Array& a) { return cuda::Rows{a.data, a.stride[0], a.stride[1], a.dtype}; };
   const int64_t base = first_position_ / block_, position = first_position_ + first;
-  cuda::Prefill({.heads = heads,
-                 .kv_heads = c.kv_heads,
-                 .group = c.query_heads / c.kv_heads,
-                 .key_dim = c.key_dim,
-                 .value_dim = c.value_dim,
-                 .dtype = k_.dtype,
-                 .q = rows(queries_->q),
-                 .k = k_,
-                 .v = v_,
-                 .out = rows(queries_->out),
-                 .lse = queries_->has_lse ? reinterpret_cast<float*>(queries_->lse.data) : nullptr,
-                 .lse_row_stride = queries_->lse.stride[0],
-                 .lse_head_stride = queries_->lse.stride[1],
-                 .tokens = first + tokens,
-                 .first_position = first_position_,
-                 .block = static_cast<int32_t>(block_),
-                 .block_offset = static_cast<int32_t>(first_position_ % block_),
-                 .first_block = position / block_ - base + first_block,
-                 .blocks = blocks,
-                 .scale = static_cast<float>(c.scale),
-                 .last_first = heads == memory_.early_heads},
-                cache_.traits_.compute_capability, cache_.traits_.multiprocessors, cache_.stream_);
+  return {.heads = nullptr,
+          .kv_heads = c.kv_heads,
+          .group = c.query_heads / c.kv_heads,
+          .key_dim = c.key_dim,
+          .value_dim = c.value_dim,
+          .dtype = k_.dtype,
+          .q = rows(queries_->q),
+          .k = k_,
+          .v = v_,
+          .out = rows(queries_->out),
+          .lse = queries_->has_lse ? reinterpret_cast<float*>(queries_->lse.data) : nullptr,
+          .lse_row_stride = queries_->lse.stride[0],
+          .lse_head_stride = queries_->lse.stride[1],
+          .tokens = first + tokens,
+          .first_position = first_position_,
+          .block = static_cast<int32_t>(block_),
+          .block_offset = static_cast<int32_t>(first_position_ % block_),
+          .first_block = position / block_ - base + first_block,
+          .blocks = blocks,
+          .scale = static_cast<float>(c.scale)};
+}
+void PromptRun::Attend(const cuda::PrefillArgs& args) const {
+  cuda::Prefill(args, cache_.traits_.compute_capability, cache_.traits_.multiprocessors, cache_.stream_);
 }
 
-// Of the first span, or of the whole prompt.
-void PromptRun::AttendEarly(int64_t tokens) {
-  if (exact_)
-    Attend(memory_.early_heads, 0, input_.tokens, 0, (input_.tokens + block_ - 1) / block_);
-  else
-    Attend(memory_.early_heads, 0, tokens, 0, early_);
+// Queries that see all rows before them: of the whole prompt, or of the first span. `spare`: see PrefillArgs.
+void PromptRun::AttendEarly(int32_t spare) {
+  const int64_t rows = exact_ ? input_.tokens : std::min(input_.tokens, early_ * block_);
+  if (rows == 0) return;
+  cuda::PrefillArgs args = PrefillArguments(0, rows, 0, 1);
+  args.block = static_cast<int32_t>(rows);
+  args.spare = spare;
+  Attend(args);
 }
 
 // What is left of the span's blocks, once its far lists are there.
@@ -525,7 +529,9 @@ void PromptRun::AttendSpan(int64_t first, int64_t tokens, bool more) {
   const int64_t done = exact_ ? blocks : spans_ == 0 ? early_ : 0;
   if (done < blocks) {
     Follow(graph_, cache_.side_.selected[spans_ % 2], cache_.stream_);
-    Attend(memory_.prefill_heads + spans_ % 2 * cache_.config_.kv_heads, first, tokens, done, blocks - done);
+    cuda::PrefillArgs args = PrefillArguments(first, tokens, done, blocks - done);
+    args.heads = memory_.prefill_heads + spans_ % 2 * cache_.config_.kv_heads;
+    Attend(args);
   }
   if (more) cudaEventRecord(cache_.side_.attended[spans_ % 2], cache_.stream_);
 }
@@ -545,19 +551,27 @@ Status PromptRun::Run() {
     if (first == 0) {
       CountEarly();
       Describe();
-      DescribeEarly();
     }
     const bool selects = Selects(), ends = last == input_.tokens;
     if (selects) DescribeSpan(first);
     if (ends) FinishPlans(), DescribeStore();
     uploader_.Flush();
-    if (first == 0 && block_ > 0 && (!ends || selects)) Fork(!ends);
-    // First what takes longest, one kernel after the other, most of which do not fill the device.
-    if (selects) ChooseProtected();
-    if (first == 0 && selects && graph_ != side_) BeginGraph();
-    if (first == 0 && block_ > 0) AttendEarly(tokens);
+    if (first == 0 && block_ > 0) Fork(!ends);
+    // First what takes longest, one kernel after the other, most of which do not fill the device. Where all else waits for the
+    // halvings of one span, its scores have the device to themselves. What follows then finds room beside the attention: some
+    // multiprocessors, if these are enough for the halvings, or whatever its jobs leave.
+    const bool alone = first == 0 && graph_ == side_, scores_first = alone && !span_->items().empty();
+    const int32_t spare = cache_.traits_.multiprocessors / 8;
+    const bool fits = static_cast<int64_t>(span_->items().size()) * cache_.config_.kv_heads <= 4 * spare;
+    const bool rows_first = scores_first && !fits;
+    if (selects && alone) BeginGraph();
+    if (selects) ChooseProtected(scores_first ? cache_.stream_ : side_);
+    if (selects && first == 0 && !alone) BeginGraph();
+    if (ends && fresh() && rows_first) StoreRows(cache_.stream_);
+    if (first == 0 && block_ > 0)
+      AttendEarly(!selects ? 0 : scores_first && fits ? spare : cuda::PrefillArgs::kJobByJob);
     if (selects) RunGraph(!ends);
-    if (ends && fresh()) StoreRows();
+    if (ends && fresh() && !rows_first) StoreRows(spans_ == 0 && selects ? cache_.stream_ : side_);
     if (block_ > 0) AttendSpan(first, tokens, !ends);
     for (int32_t i = 0; i < plan_count(); ++i) begin_[static_cast<size_t>(i)].departures += span_->departures(i);
     if (last < input_.tokens) {  // where the next span begins

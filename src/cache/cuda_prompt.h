@@ -99,8 +99,6 @@ class PromptRun {
     cuda::SpanHead* span_heads;        // (2, kv_heads): by the parity of the span
     cuda::AdmitHead* admit_heads;      // (2, kv_heads): by parity, by plan
     cuda::PrefillHead* prefill_heads;  // (2, kv_heads): by parity
-    cuda::PrefillHead* early_heads;    // (kv_heads): for blocks that see all before them
-    int32_t* zeros;                    // (blocks of a launch)
     cuda::GatherHead* gather_heads;    // (kv_heads)
     cuda::GatherHead* stage_heads;     // (kv_heads)
     int32_t* ticket;
@@ -148,7 +146,6 @@ class PromptRun {
   void DescribePlan(int32_t plan, int64_t parities);
   void DescribeHeads(int32_t parity);
   cuda::PrefillHead EarlyHead(int64_t tail) const;
-  void DescribeEarly();
   void DescribeSpan(int64_t first);
   void DescribeStore();
   void ListEntries(int32_t plan, EntryLists* lists);
@@ -159,20 +156,21 @@ class PromptRun {
   bool IsExact(int32_t plan) const;
   bool Selects() const;
   void Fork(bool spans);
-  void ChooseProtected();
+  void ChooseProtected(cudaStream_t scores);
   void BeginGraph();
   void RunGraph(bool more);
-  void Admit(int32_t plan);
+  cuda::AdmitArgs AdmitArguments(int32_t plan) const;
   bool scaled() const { return cache_.config_.dtype == DType::kI8; }
-  void Attend(const cuda::PrefillHead* heads, int64_t first, int64_t tokens, int64_t first_block, int64_t blocks);
-  void AttendEarly(int64_t tokens);
+  cuda::PrefillArgs PrefillArguments(int64_t first, int64_t tokens, int64_t first_block, int64_t blocks) const;
+  void Attend(const cuda::PrefillArgs& args) const;
+  void AttendEarly(int32_t spare);
   void AttendSpan(int64_t first, int64_t tokens, bool more);
   cuda::SpanArgs Arguments() const;
   void Follow(cudaStream_t earlier, cudaEvent_t event, cudaStream_t later) const;
   int64_t FirstRow(int32_t plan) const;
   bool fresh() const { return first_position_ == 0; }
   cuda::GatherArgs Copies(const cuda::GatherHead* heads, int32_t most, bool rows) const;
-  void StoreRows();
+  void StoreRows(cudaStream_t stream);
   void Store();
 
   CudaCache& cache_;

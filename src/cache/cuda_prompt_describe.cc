@@ -124,24 +124,10 @@ cuda::PrefillHead PromptRun::EarlyHead(int64_t tail) const {
           .slab_value = nullptr,
           .far_index = nullptr,
           .far_bias = nullptr,
-          .far_count = memory_.zeros,
+          .far_count = nullptr,
           .far_capacity = 0,
           .sinks = 0,
           .tail = static_cast<int32_t>(tail)};
-}
-
-// Heads for the early blocks, and for short prompts.
-void PromptRun::DescribeEarly() {
-  bool any = early_ > 0;
-  for (int32_t i = 0; i < plan_count(); ++i) any = any || IsExact(i);
-  if (!any) return;
-  prefill_heads_.clear();
-  for (int32_t g = 0; g < cache_.config_.kv_heads; ++g)
-    prefill_heads_.push_back(EarlyHead(exact_ ? input_.tokens : plan(PlanOf(g)).plan.setting().budget));
-  uploader_.Add(memory_.early_heads, prefill_heads_.data(), prefill_heads_.size() * sizeof(prefill_heads_[0]));
-  const int64_t blocks = exact_ ? (input_.tokens + block_ - 1) / block_ : shape_.blocks;
-  ints_.assign(static_cast<size_t>(blocks), 0);
-  uploader_.Add(memory_.zeros, ints_.data(), ints_.size() * sizeof(int32_t));
 }
 
 // The graph of the span that begins at row `first`.

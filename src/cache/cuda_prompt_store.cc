@@ -166,10 +166,8 @@ cuda::GatherArgs PromptRun::Copies(const cuda::GatherHead* heads, int32_t most, 
   return args;
 }
 
-// The copies that wait for nothing: behind the attention of the only span, or beside the graph of the last one.
-void PromptRun::StoreRows() {
-  cuda::Gather(Copies(memory_.gather_heads, most_rows_, true), spans_ == 0 ? cache_.stream_ : side_);
-}
+// The copies that wait for nothing.
+void PromptRun::StoreRows(cudaStream_t stream) { cuda::Gather(Copies(memory_.gather_heads, most_rows_, true), stream); }
 
 // And those that the selection decides upon.
 void PromptRun::Store() {

@@ -17,13 +17,14 @@ constexpr int64_t kRun = 256;  // departures that a mean is taken over
 constexpr int kThreads = 256;
 constexpr int kSummers = 128;                   // threads that sum, by dimension; the others score, by key
 constexpr int kMostTile = kThreads - kSummers;  // keys of a tile
-constexpr int64_t kTileBytes = 36 * 1024;  // half of what the tiles take at most: three blocks fit a multiprocessor
-constexpr int64_t kMostDim = 256;          // of keys
-constexpr int64_t kMostRuns = 16;          // of a block
-constexpr int64_t kBlocks = 352;           // that are wanted before a block takes more than one run
+constexpr int64_t kTileBytes = 36 * 1024;       // of a tile, at most
+constexpr int kMostStages = 6;                  // tiles
+constexpr int64_t kMostRuns = 16;               // of a block
+constexpr int64_t kBlocks = 352;                // that are wanted before a block takes more than one run
 
 struct Shape {
   int32_t tile;    // keys
+  int32_t stages;  // tiles that are on their way or in hand
   int32_t stride;  // bytes of a row of the tile: an odd multiple of 16, so that lanes read different rows at once
   int32_t runs;    // of a block
   int32_t scored_stride;  // of a row of keys as scores see them
@@ -40,11 +41,9 @@ class Scorer {
         mean_(reinterpret_cast<float*>(memory)),
         sum_(mean_ + args.key_dim),
         tiles_(reinterpret_cast<char*>(sum_ + args.key_dim)),
-        undone_(tiles_ + 2 * shape.tile * shape.stride),
+        undone_(tiles_ + shape.stages * shape.tile * shape.stride),
         norms_(reinterpret_cast<float*>(undone_ + shape.tile * shape.scored_stride)),
-        pieces_(args.key_dim * static_cast<int32_t>(sizeof(T)) / 16),
-        first_row_(static_cast<int32_t>(threadIdx.x) / pieces_),
-        first_piece_(static_cast<int32_t>(threadIdx.x) % pieces_) {}
+        pieces_(args.key_dim * static_cast<int32_t>(sizeof(T)) / 16) {}
 
   // Runs [run, run + shape.runs) of the stream, as far as the call goes.
   __device__ void Score(int64_t run) const {
@@ -52,28 +51,39 @@ class Scorer {
     const int64_t begin = max((run - 1) * kRun, args_.first);  // the run before gives the first mean
     const int64_t last = args_.first + args_.count;
     const int64_t end = min((run + shape_.runs) * kRun, last);
-    if (begin == args_.first) {
-      if (args_.centre > 0)
-        Centre();
-      else
-        ForDimensions([&](int32_t d) { mean_[d] = head_.mean[d]; });
-      ForDimensions([&](int32_t d) { sum_[d] = head_.sum[d]; });
-    } else {
-      ForDimensions([&](int32_t d) { mean_[d] = sum_[d] = 0; });
-    }
-    Stream(begin, end, mine, [&](int64_t at, int32_t count, const char* tile) {
-      if (at > 0 && at % kRun == 0) {
-        ForDimensions([&](int32_t d) {
-          mean_[d] = __fdiv_rn(sum_[d], static_cast<float>(kRun));
-          sum_[d] = 0;
-        });
-        __syncthreads();
-      }
-      if (thread_ < kSummers)
-        Add(tile, count);
-      else if (at >= mine && thread_ - kSummers < count)
-        ScoreOne(at - args_.first + thread_ - kSummers, tile + (thread_ - kSummers) * shape_.scored_stride);
+    // What departs first is scored by the mean of the exact tail, or by what the head has.
+    const bool first = mine == args_.first, centre = first && args_.centre > 0;
+    ForDimensions([&](int32_t d) {
+      mean_[d] = first && !centre ? head_.mean[d] : 0;
+      sum_[d] = begin == args_.first && !centre ? head_.sum[d] : 0;
     });
+    // The first departures are the tail's first entries: if all of these are in tiles, they are read once.
+    const int64_t centred = args_.first + args_.centre;
+    const bool kept =
+        centre && end <= centred && TileBegin(centred - 1) - TileBegin(begin) <= (shape_.stages - 1) * shape_.tile;
+#pragma unroll 1
+    for (int pass = centre ? 0 : 1; pass < 2; ++pass) {
+      const int64_t scored = pass == 0 ? centred : mine;
+      Stream(begin, pass == 0 ? centred : end, scored, pass == 0 || !kept, pass == 0,
+             [&](int64_t at, int32_t count, const char* tile) {
+               if (pass == 1 && at > 0 && at % kRun == 0) {
+                 ForDimensions([&](int32_t d) {
+                   mean_[d] = __fdiv_rn(sum_[d], static_cast<float>(kRun));
+                   sum_[d] = 0;
+                 });
+                 __syncthreads();
+               }
+               if (thread_ < kSummers)
+                 Add(tile, count);
+               else if (at >= scored && thread_ - kSummers < count)
+                 ScoreOne(at - args_.first + thread_ - kSummers, tile + (thread_ - kSummers) * shape_.scored_stride);
+             });
+      if (pass == 0)
+        ForDimensions([&](int32_t d) {
+          mean_[d] = __fdiv_rn(sum_[d], static_cast<float>(args_.centre));
+          sum_[d] = head_.sum[d];
+        });
+    }
     if (end < last) return;
     ForDimensions([&](int32_t d) {  // other blocks may yet read the head's state, so it is kept aside
       head_.run_means[d] = mean_[d];
@@ -83,9 +93,6 @@ class Scorer {
 
  private:
   using Scored = std::conditional_t<kUndo, float, T>;  // of keys as scores see them
-  struct alignas(2 * sizeof(Scored)) Two {
-    Scored first, second;
-  };
   // Codes of a row in a tile: its scale lies behind them.
   template <class X = Scored>
   __device__ float ScaleOf(const char* row) const {
@@ -109,44 +116,48 @@ class Scorer {
   // Those threads that Add has sum these dimensions.
   template <class Body>
   __device__ void ForDimensions(const Body& body) const {
-    if (thread_ >= kSummers) return;
-    for (int32_t d = 2 * thread_; d < args_.key_dim; d += 2 * kSummers) {
-      body(d);
-      body(d + 1);
-    }
+    const int32_t d = 2 * thread_;
+    if (d >= args_.key_dim) return;
+    body(d);
+    body(d + 1);
   }
 
-  // The mean of the exact tail, which is what departs first.
-  __device__ void Centre() const {
-    ForDimensions([&](int32_t d) { sum_[d] = 0; });
-    Stream(args_.first, args_.first + args_.centre, args_.first + args_.centre,
-           [&](int64_t, int32_t count, const char* tile) {
-             if (thread_ < kSummers) Add(tile, count);
-           });
-    ForDimensions([&](int32_t d) { mean_[d] = __fdiv_rn(sum_[d], static_cast<float>(args_.centre)); });
-  }
+  __device__ int64_t TileBegin(int64_t at) const { return at & ~int64_t{shape_.tile - 1}; }
 
   // body(first departure, count, tile) for departures [begin, end) of the stream; no tile reaches into two runs. Those from `scored`
-  // on are to be scored.
+  // on are to be scored. `loads`: they are not in tiles yet, and are copied by half of the threads: by those that score, or sum.
   template <class Body>
-  __device__ void Stream(int64_t begin, int64_t end, int64_t scored, const Body& body) const {
-    const auto after = [&](int64_t at) { return min((at / shape_.tile + 1) * shape_.tile, end); };
-    int buffer = 0;
-    Load(begin, after(begin), buffer);
-    for (int64_t at = begin; at < end; buffer ^= 1) {
+  __device__ void Stream(int64_t begin, int64_t end, int64_t scored, bool loads, bool scorers_load,
+                         const Body& body) const {
+    const auto after = [&](int64_t at) { return min(TileBegin(at) + shape_.tile, end); };
+    const int32_t loader = loads ? thread_ - (scorers_load ? kSummers : 0) : -1;
+    int64_t loaded = begin, at = begin;
+    int32_t ahead = loads ? 0 : shape_.stages - 1;  // tiles that have been asked for, and are not done
+    for (int load = 0, done = 0; at < end;) {
+      const bool wait = ahead == shape_.stages - 1;
+      if (wait) {
+        CopyAsyncWaitFor(shape_.stages - 2);
+        __syncthreads();  // all are done with the tile before, too
+      }
+      if (loader >= 0 && loader < kSummers && loaded < end) Load(loaded, after(loaded), load, loader);
+      CopyAsyncCommit();
+      loaded = after(loaded);
+      load = load + 1 < shape_.stages ? load + 1 : 0;
+      if (!wait) {
+        ++ahead;
+        continue;
+      }
       const int64_t next = after(at);
-      CopyAsyncWait<0>();
-      __syncthreads();  // all are done with the other tile, too
-      if (next < end) Load(next, after(next), buffer ^ 1);
       const auto count = static_cast<int32_t>(next - at);
       if constexpr (kUndo) {
         if (at >= scored && args_.scoring.value_norm) Norms(at - args_.first, count);
-        Undo(at - args_.first, count, Tile(buffer));
+        Undo(at - args_.first, count, Tile(done));
         __syncthreads();
         body(at, count, undone_);
       } else {
-        body(at, count, Tile(buffer));
+        body(at, count, Tile(done));
       }
+      done = done + 1 < shape_.stages ? done + 1 : 0;
       at = next;
     }
     __syncthreads();
@@ -185,33 +196,23 @@ class Scorer {
 
   __device__ char* Tile(int buffer) const { return tiles_ + int64_t{buffer} * shape_.tile * shape_.stride; }
 
-  // Keys of departures [begin, end) of the stream; thread after thread copies piece after piece.
-  __device__ void Load(int64_t begin, int64_t end, int buffer) const {
+  // Keys of departures [begin, end) of the stream, by kSummers threads. Eight of them copy 128 bytes of a key: twice as fast as sixteen
+  // that copy 256.
+  __device__ void Load(int64_t begin, int64_t end, int buffer, int32_t loader) const {
     const auto rows = static_cast<int32_t>(end - begin);
     const uint32_t tile = SharedAddress(Tile(buffer));
     const int64_t i = begin - args_.first;
     if constexpr (kScaled<T>)
-      for (int32_t row = thread_; row < rows; row += kThreads)
+#pragma unroll 1
+      for (int32_t row = loader; row < rows; row += kSummers)
         *reinterpret_cast<float*>(Tile(buffer) + row * shape_.stride + args_.key_dim) =
             Scale(DepartureIndex(args_, head_, i + row));
-    if (i >= args_.source_count) {
-      const char* first = Key(args_.first_row + i - args_.source_count);
-      const int64_t stride = args_.k.row_stride * static_cast<int64_t>(sizeof(T));
-      LoadRows(rows, tile, [&](int32_t row) { return first + row * stride; });
-    } else {
-      LoadRows(rows, tile, [&](int32_t row) { return Key(DepartureIndex(args_, head_, i + row)); });
-    }
-    CopyAsyncCommit();
-  }
-  template <class KeyOf>
-  __device__ void LoadRows(int32_t rows, uint32_t tile, const KeyOf& key_of) const {
-    int32_t piece = first_piece_;
 #pragma unroll 4
-    for (int32_t row = first_row_; row < rows;) {
-      CopyAsync16(tile + static_cast<uint32_t>(row * shape_.stride + piece * 16), key_of(row) + piece * 16);
-      row += kThreads / pieces_;
-      piece += kThreads % pieces_;
-      if (piece >= pieces_) piece -= pieces_, ++row;
+    for (int32_t row = loader / 8; row < rows; row += kSummers / 8) {
+      const char* key = Key(DepartureIndex(args_, head_, i + row));
+#pragma unroll 2
+      for (int32_t piece = loader % 8; piece < pieces_; piece += 8)
+        CopyAsync16(tile + static_cast<uint32_t>(row * shape_.stride + piece * 16), key + piece * 16);
     }
   }
   __device__ const char* Key(int64_t index) const {
@@ -228,19 +229,28 @@ class Scorer {
 
   // One addition per key and dimension, in the order of departure.
   __device__ void Add(const char* tile, int32_t count) const {
-    for (int32_t d = 2 * thread_; d < args_.key_dim; d += 2 * kSummers) {
-      const char* at = tile + d * static_cast<int32_t>(sizeof(Scored));
-      float first = sum_[d], second = sum_[d + 1];
+    args_.key_dim <= kSummers ? AddOf<1>(tile, count) : AddOf<2>(tile, count);
+  }
+  template <int kEach>
+  __device__ void AddOf(const char* tile, int32_t count) const {
+    struct alignas(kEach * sizeof(Scored)) Some {
+      Scored x[kEach];
+    };
+    const int32_t d = kEach * thread_;
+    if (d >= args_.key_dim) return;
+    const char* at = tile + d * static_cast<int32_t>(sizeof(Scored));
+    float sum[kEach];
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) sum[e] = sum_[d + e];
 #pragma unroll 16
-      for (int32_t j = 0; j < count; ++j) {
-        const Two two = *reinterpret_cast<const Two*>(at + j * shape_.scored_stride);
-        const float scale = ScaleOf(tile + j * shape_.scored_stride);
-        first = __fadd_rn(first, Number(two.first, scale));
-        second = __fadd_rn(second, Number(two.second, scale));
-      }
-      sum_[d] = first;
-      sum_[d + 1] = second;
+    for (int32_t j = 0; j < count; ++j) {
+      const Some some = *reinterpret_cast<const Some*>(at + j * shape_.scored_stride);
+      const float scale = ScaleOf(tile + j * shape_.scored_stride);
+#pragma unroll
+      for (int e = 0; e < kEach; ++e) sum[e] = __fadd_rn(sum[e], Number(some.x[e], scale));
     }
+#pragma unroll
+    for (int e = 0; e < kEach; ++e) sum_[d + e] = sum[e];
   }
 
   // Who does not beat the weakest loses: so a departure is its own loser until AdmitSelect knows better.
@@ -332,13 +342,12 @@ class Scorer {
   const AdmitArgs& args_;
   const Shape& shape_;
   const AdmitHead& head_;
-  float* mean_;                      // (key_dim), shared: of the run in hand
-  float* sum_;                       // (key_dim), shared
-  char* tiles_;                      // (2, tile, stride), shared
-  char* undone_;                     // (tile, scored_stride), shared: of kUndo
-  float* norms_;                     // (tile), shared: of kUndo
-  int32_t pieces_;                   // of 16 bytes, of a key
-  int32_t first_row_, first_piece_;  // of a tile, that this thread copies
+  float* mean_;     // (key_dim), shared: of the run in hand
+  float* sum_;      // (key_dim), shared
+  char* tiles_;     // (stages, tile, stride), shared
+  char* undone_;    // (tile, scored_stride), shared: of kUndo
+  float* norms_;    // (tile), shared: of kUndo
+  int32_t pieces_;  // of 16 bytes, of a key
   const int32_t thread_ = static_cast<int32_t>(threadIdx.x);
 };
 
@@ -362,17 +371,20 @@ template <class T, bool kUndo>
 void LaunchScores(const AdmitArgs& args, cudaStream_t stream) {
   const int64_t runs = (args.first + args.count - 1) / kRun - args.first / kRun + 1;
   const int64_t row = args.key_dim * int64_t{sizeof(T)} + 16;
-  Shape shape{kMostTile, static_cast<int32_t>(row),
+  Shape shape{kMostTile, 2, static_cast<int32_t>(row),
               static_cast<int32_t>(std::clamp<int64_t>(runs * args.head_count / kBlocks, 1, kMostRuns)),
               static_cast<int32_t>(kUndo ? args.key_dim * int64_t{sizeof(float)} + 16 : row)};
-  // Of one key, in all tiles, and its value's norm.
-  const int64_t key_bytes = 2 * row + (kUndo ? shape.scored_stride + int64_t{sizeof(float)} : 0);
-  while (shape.tile > 1 && shape.tile * key_bytes > 2 * kTileBytes) shape.tile /= 2;
-  const int64_t shared = 2 * args.key_dim * int64_t{sizeof(float)} + shape.tile * key_bytes;
+  // Of one key once, and its value's norm; and of tiles.
+  const int64_t once = kUndo ? shape.scored_stride + int64_t{sizeof(float)} : 0,
+                means = 2 * args.key_dim * int64_t{sizeof(float)};
+  while (shape.tile > 1 && shape.tile * (2 * row + once) > 2 * kTileBytes) shape.tile /= 2;
+  // All that blocks have the memory for is on its way at once: the fewer they are, the more.
+  const int64_t blocks = CeilDiv(runs, shape.runs) * args.head_count,
+                of_block = args.shared_bytes / CeilDiv(blocks, std::max(1, args.multiprocessors)) - 2048 - means;
+  shape.stages = static_cast<int32_t>(std::clamp<int64_t>((of_block / shape.tile - once) / row, 2, kMostStages));
+  const int64_t shared = means + shape.tile * (shape.stages * row + once);
   // Always the same number: calls of several threads do not change it under each other.
-  constexpr int64_t kMostShared = 2 * kMostDim * int64_t{sizeof(float)} + 2 * kTileBytes;
-  cudaFuncSetAttribute(ScoreKernel<T, kUndo>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                       static_cast<int>(kMostShared));
+  cudaFuncSetAttribute(ScoreKernel<T, kUndo>, cudaFuncAttributeMaxDynamicSharedMemorySize, args.shared_bytes);
   const dim3 grid(static_cast<uint32_t>(CeilDiv(runs, shape.runs)), static_cast<uint32_t>(args.head_count));
   ScoreKernel<T, kUndo><<<grid, kThreads, static_cast<size_t>(shared), stream>>>(args, shape);
 }
@@ -383,13 +395,12 @@ void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_he
   BeginKernel<<<static_cast<uint32_t>(head_count), 128, 0, stream>>>(heads, layer_heads);
 }
 
-void Admit(const AdmitArgs& args, cudaStream_t stream) {
-  if (args.count > 0)
-    WithStorage(args.dtype, [&](auto type) {
-      using T = decltype(type);
-      args.scoring.without_position ? LaunchScores<T, true>(args, stream) : LaunchScores<T, false>(args, stream);
-    });
-  AdmitSelect(args, stream);
+void AdmitScore(const AdmitArgs& args, cudaStream_t stream) {
+  if (args.count == 0) return;
+  WithStorage(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    args.scoring.without_position ? LaunchScores<T, true>(args, stream) : LaunchScores<T, false>(args, stream);
+  });
 }
 
 }  // namespace express::cuda

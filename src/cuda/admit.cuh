@@ -13,9 +13,6 @@ __device__ __forceinline__ int32_t DepartureIndex(const AdmitArgs& args, const A
                                : static_cast<int32_t>(args.first_row + i - args.source_count);
 }
 
-// Once the scores are there: who is protected in the end, who loses after every departure, and the snapshots.
-void AdmitSelect(const AdmitArgs& args, cudaStream_t stream);
-
 }  // namespace express::cuda
 
 #endif  // EXPRESS_SRC_CUDA_ADMIT_CUH_

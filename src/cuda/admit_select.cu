@@ -37,6 +37,7 @@ struct SelectionMemory {  // shared
   int32_t at[kMost];  // which protected entry
   // Candidates at work.
   __align__(16) uint32_t candidate_bits[kMost];
+  int32_t at_rank[kMost];
   int32_t above[kMost];      // of candidates by rank: sorted entries that are weaker
   int32_t owner[2 * kMost];  // by rank among both: sorted entry i, or ~i: candidate i
   int32_t link[kMost];  // by candidate: the protected entry whose place it takes, or ~i: that which candidate i took
@@ -53,6 +54,130 @@ struct SelectionMemory {  // shared
 };
 static_assert(kStage <= 1 << 16);
 
+// ---- code that is run once or twice in a short call is kept small: it is fetched while it runs ----
+
+// How many of values[0, count) are less than x; behind them there are as many of kNone as fill four.
+__device__ __forceinline__ int32_t CountLess(const uint32_t* values, int32_t count, uint32_t x) {
+  const auto* quads = reinterpret_cast<const uint4*>(values);
+  int32_t less = 0;
+#pragma unroll 4
+  for (int32_t j = 0; j < (count + 3) / 4; ++j) {
+    const uint4 q = quads[j];
+    less += (q.x < x) + (q.y < x) + (q.z < x) + (q.w < x);
+  }
+  return less;
+}
+
+// The full set, to look for its weakest entries: the lowest scores, among equals the youngest.
+struct FullSet {
+  const float* score;    // (count)
+  const int32_t* entry;  // (count)
+  const int64_t* slab_position;
+  int64_t first_position;
+  int32_t count;
+
+  __device__ int64_t Position(int32_t at) const {
+    const int32_t index = entry[at];
+    return index < 0 ? slab_position[-1 - index] : first_position + index;
+  }
+  // Entries that the predicate is true of, by their number and the bits of their score.
+  template <class Predicate>
+  __device__ int32_t Count(SelectionMemory& memory, int parity, const Predicate& predicate) const {
+    int32_t own = 0;
+#pragma unroll 1
+    for (auto i = static_cast<int32_t>(threadIdx.x); i < count; i += kThreads)
+      own += predicate(i, __float_as_uint(score[i]));
+    int32_t(&sums)[kWarps] = memory.sums[parity];
+    const int32_t warp = __reduce_add_sync(kAll, own);
+    if (threadIdx.x % kWarp == 0) sums[threadIdx.x / kWarp] = warp;
+    __syncthreads();  // one is enough: the next count uses the other sums
+    int32_t all = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) all += sums[w];
+    return all;
+  }
+  // The entry of rank `wanted`, counted from 1, by its score and position.
+  __device__ void FindBound(SelectionMemory& memory, int32_t wanted, uint32_t* bound, int64_t* position) const {
+    uint32_t value = 0;
+#pragma unroll 1
+    for (int bit = 31; bit >= 0; --bit) {
+      const uint32_t next = value | (1u << bit);
+      if (Count(memory, bit % 2, [&](int32_t, uint32_t bits) { return bits < next; }) < wanted) value = next;
+    }
+    *bound = value;
+    const int32_t equals = wanted - Count(memory, 1, [&](int32_t, uint32_t bits) { return bits < value; });
+    if (equals == Count(memory, 0, [&](int32_t, uint32_t bits) { return bits == value; })) return;
+#pragma unroll 1
+    for (int bit = 62; bit >= 0; --bit) {
+      const int64_t next = *position | (int64_t{1} << bit);
+      const auto younger = [&](int32_t i, uint32_t bits) { return bits == value && Position(i) >= next; };
+      if (Count(memory, 1 - bit % 2, younger) >= equals) *position = next;
+    }
+  }
+};
+
+// Ranks where there are equals, in which case ranks by CountLess are not all different.
+__device__ __noinline__ int32_t RankOfListed(const FullSet set, const SelectionMemory& memory, int32_t count) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  if (thread >= count) return 0;
+  const uint32_t bits = memory.list_bits[thread];
+  const int64_t position = set.Position(memory.list_at[thread]);
+  int32_t rank = 0;
+#pragma unroll 1
+  for (int32_t j = 0; j < count; ++j) {
+    const uint32_t other = memory.list_bits[j];
+    rank += other < bits || (other == bits && set.Position(memory.list_at[j]) > position);
+  }
+  return rank;
+}
+__device__ __noinline__ int32_t RankOfCandidate(const SelectionMemory& memory, int32_t count) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const uint32_t bits = memory.candidate_bits[thread];
+  int32_t rank = 0;
+#pragma unroll 1
+  for (int32_t j = 0; j < count; ++j) {
+    const uint32_t other = memory.candidate_bits[j];
+    rank += other < bits || (other == bits && j > thread);
+  }
+  return rank;
+}
+
+// Fills memory.bits and .at with the weakest entries, kMost if there are as many, sorted. Returns the bound: all others are at least
+// as strong as an entry of this score.
+__device__ __noinline__ uint32_t FillWeakest(const FullSet set, SelectionMemory& memory) {
+  const auto thread = static_cast<int32_t>(threadIdx.x);
+  const int32_t wanted = min(kMost, set.count);
+  uint32_t bound = kNone;
+  int64_t position = 0;
+  __syncthreads();
+  if (wanted < set.count) set.FindBound(memory, wanted, &bound, &position);
+  if (thread == 0) memory.listed = 0;
+  if (thread >= wanted) memory.list_bits[thread] = kNone;
+  __syncthreads();
+#pragma unroll 1
+  for (int32_t i = thread; i < set.count; i += kThreads) {
+    const uint32_t bits = __float_as_uint(set.score[i]);
+    if (bits > bound || (bits == bound && set.Position(i) < position)) continue;
+    const int32_t to = atomicAdd(&memory.listed, 1);
+    if (to >= kMost) continue;  // never, as no two entries have one position
+    memory.list_bits[to] = bits;
+    memory.list_at[to] = i;
+  }
+  __syncthreads();
+  const bool is_listed = thread < wanted;
+  const uint32_t bits = memory.list_bits[thread];
+  int32_t rank = is_listed ? CountLess(memory.list_bits, wanted, bits) : 0;
+  if (is_listed) memory.at_rank[rank] = thread;
+  __syncthreads();
+  if (__syncthreads_or(is_listed && memory.at_rank[rank] != thread)) rank = RankOfListed(set, memory, wanted);
+  if (is_listed) {
+    memory.bits[rank] = bits;
+    memory.at[rank] = memory.list_at[thread];
+  }
+  __syncthreads();
+  return bound;
+}
+
 // The protected set of one head, by all threads of a block.
 class Selection {
  public:
@@ -64,13 +189,16 @@ class Selection {
 
   __device__ void Load() {
     const int32_t count = head_.protected_count[0];
+#pragma unroll 1
     for (int32_t i = thread_; i < count; i += kThreads) {
       entry_[i] = head_.protected_index[i];
       score_[i] = head_.score[i];
     }
     Grow(count);
   }
-  __device__ void Store() const {
+  __device__ void Store() {
+    if (room() == 0 && sorted_ == 0) Refill();
+#pragma unroll 1
     for (int32_t i = thread_; i < count_; i += kThreads) {
       head_.protected_index[i] = entry_[i];
       head_.score[i] = score_[i];
@@ -80,11 +208,13 @@ class Selection {
     head_.protected_count[1] = room() == 0 ? memory_.at[0] : 0;
   }
   __device__ void Snapshot(int32_t* to) const {
+#pragma unroll 1
     for (int32_t i = thread_; i < count_; i += kThreads) to[i] = entry_[i];
   }
 
   // Departures i .. i + count - 1 join; there is room.
   __device__ void Join(int64_t i, int32_t count, const float* scores) {
+#pragma unroll 1
     for (int32_t j = thread_; j < count; j += kThreads) {
       entry_[count_ + j] = DepartureIndex(args_, head_, i + j);
       score_[count_ + j] = scores[j];
@@ -97,10 +227,11 @@ class Selection {
   __device__ void Compete(int64_t stage_begin, const float* stage, int64_t begin, int64_t end) {
     const auto last = static_cast<int32_t>(end - stage_begin);
     for (auto at = static_cast<int32_t>(begin - stage_begin); at < last;) {
+      if (sorted_ == 0) Refill();
       const int32_t count = Collect(stage, at, last);
       if (count == 0) return;
       const bool all_sorted = bound_ == kNone;
-      if (!all_sorted && sorted_ < min(count, kFew)) FillWeakest();
+      if (!all_sorted && sorted_ < min(count, kFew)) Refill();
       const int32_t now = min(count, all_sorted ? kMost : sorted_);
       at = now < count ? memory_.candidates[now - 1] + 1 : last;
       CompeteAtOnce(stage_begin, stage, now);
@@ -108,15 +239,13 @@ class Selection {
   }
 
  private:
-  __device__ int64_t Position(int32_t at) const {
-    const int32_t index = entry_[at];
-    return index < 0 ? head_.slab_position[-1 - index] : args_.first_position + index;
-  }
-
   __device__ void Grow(int32_t count) {
     count_ += count;
     __syncthreads();
-    if (room() == 0) FillWeakest();
+  }
+  __device__ void Refill() {
+    bound_ = FillWeakest({score_, entry_, head_.slab_position, args_.first_position, args_.protect}, memory_);
+    sorted_ = min(kMost, args_.protect);
   }
 
   // Lists who of the stage's [begin, end) beats the weakest of now: others have no chance. Returns how many, kMost at least
@@ -152,6 +281,7 @@ class Selection {
       before += w < thread_ / kWarp ? sums[w] : 0;
       all += sums[w];
     }
+#pragma unroll 1
     for (; above != 0; above &= above - 1)
       memory_.candidates[before++] = static_cast<uint16_t>(first + __ffs(static_cast<int>(above)) - 1);
     __syncthreads();
@@ -162,7 +292,7 @@ class Selection {
   template <bool kEqual, class X>
   __device__ static int32_t Below(const X* values, int32_t count, X x) {
     int32_t low = 0;
-#pragma unroll
+#pragma unroll 1
     for (int32_t step = kMost; step > 0; step /= 2) {
       const int32_t next = low + step;
       if (next <= count && (kEqual ? values[next - 1] <= x : values[next - 1] < x)) low = next;
@@ -180,24 +310,14 @@ class Selection {
     const int32_t sorted_at = is_sorted ? m.at[thread_] : 0;
     m.candidate_bits[thread_] = bits;
     if (thread_ < kWords) m.candidate_mask[thread_] = 0;
-    const int32_t weaker = is_candidate ? Below<false>(m.bits, sorted_, bits) : 0;
     __syncthreads();
 
     // Ranks. An entry is weaker than its equals that are older; candidates are younger than all that is sorted.
-    int32_t rank = 0;
-    if (thread_ / kWarp * kWarp < count) {
-      const auto* quads = reinterpret_cast<const uint4*>(m.candidate_bits);
-      const int32_t quad_count = (count + 3) / 4;
-#pragma unroll 4
-      for (int32_t j = 0; j < quad_count; ++j) {
-        const uint4 q = quads[j];
-        rank += (q.x < bits) + (q.y < bits) + (q.z < bits) + (q.w < bits);
-        const bool equal = (q.x == bits) | (q.y == bits) | (q.z == bits) | (q.w == bits);
-        if (equal && 4 * j + 3 > thread_)  // at most itself and its younger equals
-          rank += (q.x == bits && 4 * j > thread_) + (q.y == bits && 4 * j + 1 > thread_) +
-                  (q.z == bits && 4 * j + 2 > thread_) + (q.w == bits && 4 * j + 3 > thread_);
-      }
-    }
+    int32_t rank = is_candidate ? CountLess(m.candidate_bits, count, bits) : 0;
+    const int32_t weaker = is_candidate ? Below<false>(m.bits, sorted_, bits) : 0;
+    if (is_candidate) m.at_rank[rank] = thread_;
+    __syncthreads();
+    if (__syncthreads_or(is_candidate && m.at_rank[rank] != thread_)) rank = RankOfCandidate(m, count);
     const int32_t place = weaker + rank;  // among both
     if (is_candidate) {
       m.above[rank] = weaker;
@@ -242,7 +362,6 @@ class Selection {
       m.bits[sorted_place - count] = sorted_bits, m.at[sorted_place - count] = sorted_at;
     const bool beyond = is_candidate && bits > bound_;  // these are not sorted
     sorted_ -= __syncthreads_count(beyond);
-    if (sorted_ == 0) FillWeakest();
   }
 
   // For every candidate, the ranks of those before it in its piece; half a warp has a piece, a lane a word of its ranks.
@@ -273,7 +392,7 @@ class Selection {
     const SelectionMemory& m = memory_;
     int32_t left = thread_ + 1, word = 0;
     uint32_t found = 0;
-#pragma unroll
+#pragma unroll 1
     for (int32_t quad = 0; quad < kWords / 4; ++quad) {
       const uint4 own = reinterpret_cast<const uint4*>(m.mask[thread_])[quad],
                   before = reinterpret_cast<const uint4*>(m.before[thread_ / kPiece])[quad],
@@ -298,80 +417,6 @@ class Selection {
       if (left > bits) left -= bits, bit += step;
     }
     return word + bit;
-  }
-
-  // The weakest entries of the full set, sorted: the lowest scores, among equals the youngest.
-  __device__ void FillWeakest() {
-    const int32_t wanted = min(kMost, args_.protect);
-    uint32_t score = kNone;
-    int64_t position = 0;
-    if (wanted < args_.protect) FindBound(wanted, &score, &position);
-    if (thread_ == 0) memory_.listed = 0;
-    if (thread_ >= wanted) memory_.list_bits[thread_] = kNone;
-    __syncthreads();
-    for (int32_t i = thread_; i < args_.protect; i += kThreads) {
-      const uint32_t bits = __float_as_uint(score_[i]);
-      if (bits > score || (bits == score && Position(i) < position)) continue;
-      const int32_t to = atomicAdd(&memory_.listed, 1);
-      if (to >= kMost) continue;  // never, as no two entries have one position
-      memory_.list_bits[to] = bits;
-      memory_.list_at[to] = i;
-    }
-    __syncthreads();
-    if (thread_ < wanted) Sort(wanted);
-    sorted_ = wanted;
-    bound_ = score;
-    __syncthreads();
-  }
-
-  // The entry of rank `wanted`, counted from 1, by its score and position.
-  __device__ void FindBound(int32_t wanted, uint32_t* score, int64_t* position) const {
-    uint32_t value = 0;
-    for (int bit = 31; bit >= 0; --bit) {
-      const uint32_t next = value | (1u << bit);
-      if (Count([&](int32_t, uint32_t bits) { return bits < next; }) < wanted) value = next;
-    }
-    *score = value;
-    const int32_t equals = wanted - Count([&](int32_t, uint32_t bits) { return bits < value; });
-    if (equals == Count([&](int32_t, uint32_t bits) { return bits == value; })) return;
-    for (int bit = 62; bit >= 0; --bit) {
-      const int64_t next = *position | (int64_t{1} << bit);
-      if (Count([&](int32_t i, uint32_t bits) { return bits == value && Position(i) >= next; }) >= equals)
-        *position = next;
-    }
-  }
-  template <class Predicate>
-  __device__ int32_t Count(const Predicate& predicate) const {
-    int32_t own = 0;
-    for (int32_t i = thread_; i < args_.protect; i += kThreads) own += predicate(i, __float_as_uint(score_[i]));
-    int32_t(&sums)[kWarps] = memory_.sums[parity_ ^= 1];
-    const int32_t warp = __reduce_add_sync(kAll, own);
-    if (thread_ % kWarp == 0) sums[thread_ / kWarp] = warp;
-    __syncthreads();  // one is enough: the next count uses the other sums
-    int32_t all = 0;
-#pragma unroll
-    for (int w = 0; w < kWarps; ++w) all += sums[w];
-    return all;
-  }
-
-  // Entry `thread` of the list goes to its rank.
-  __device__ void Sort(int32_t count) const {
-    const uint32_t bits = memory_.list_bits[thread_];
-    const int32_t at = memory_.list_at[thread_];
-    const auto* quads = reinterpret_cast<const uint4*>(memory_.list_bits);
-    const auto younger = [&](int32_t j, uint32_t other) {
-      return other == bits && j != thread_ && Position(memory_.list_at[j]) > Position(at);
-    };
-    int32_t rank = 0;
-#pragma unroll 4
-    for (int32_t j = 0; j < count; j += 4) {
-      const uint4 q = quads[j / 4];
-      rank += (q.x < bits) + (q.y < bits) + (q.z < bits) + (q.w < bits);
-      if ((q.x == bits) | (q.y == bits) | (q.z == bits) | (q.w == bits))
-        rank += younger(j, q.x) + younger(j + 1, q.y) + younger(j + 2, q.z) + younger(j + 3, q.w);
-    }
-    memory_.bits[rank] = bits;
-    memory_.at[rank] = at;
   }
 
   const AdmitArgs& args_;
@@ -480,6 +525,7 @@ __global__ __launch_bounds__(kThreads, 1) void SelectKernel(const __grid_constan
   take_snapshots(args.count);
   set.Store();
   if (args.count == 0) return;
+#pragma unroll 1
   for (int32_t d = static_cast<int32_t>(threadIdx.x); d < args.key_dim; d += kThreads) {  // see Scorer::Score
     head.mean[d] = head.run_means[d];
     head.sum[d] = head.run_means[args.key_dim + d];

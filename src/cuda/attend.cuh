@@ -139,23 +139,6 @@ __device__ __forceinline__ void StoreRemote(const float2* to, uint32_t rank, flo
 __device__ __forceinline__ void CopyAsync4(uint32_t shared, const void* global) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared), "l"(global) : "memory");
 }
-// All but the last `pending` groups of copies, 0 .. 7.
-__device__ __forceinline__ void CopyAsyncWaitFor(int pending) {
-  switch (pending) {
-    case 0:
-      return CopyAsyncWait<0>();
-    case 1:
-      return CopyAsyncWait<1>();
-    case 2:
-      return CopyAsyncWait<2>();
-    case 3:
-      return CopyAsyncWait<3>();
-    case 4:
-      return CopyAsyncWait<4>();
-    default:
-      return CopyAsyncWait<5>();
-  }
-}
 inline constexpr int kMostStages = 6;
 
 }  // namespace express::cuda

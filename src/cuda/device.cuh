@@ -176,6 +176,23 @@ __device__ __forceinline__ void CopyAsyncWait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+// All but the last `pending` groups of copies, 0 .. 5.
+__device__ __forceinline__ void CopyAsyncWaitFor(int pending) {
+  switch (pending) {
+    case 0:
+      return CopyAsyncWait<0>();
+    case 1:
+      return CopyAsyncWait<1>();
+    case 2:
+      return CopyAsyncWait<2>();
+    case 3:
+      return CopyAsyncWait<3>();
+    case 4:
+      return CopyAsyncWait<4>();
+    default:
+      return CopyAsyncWait<5>();
+  }
+}
 __device__ __forceinline__ float Exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));

@@ -433,12 +433,13 @@ struct PrefillHead {     // one KV head; device memory
   const void* slab_value;
   const int32_t* far_index;  // (blocks, far_capacity): j >= 0: row j of k and v; j < 0: slot -1 - j of the slab
   const float* far_bias;     // (blocks, far_capacity): exponent * log weight
-  const int32_t* far_count;  // (blocks)
+  const int32_t* far_count;  // (blocks), or null: nothing is far
   int32_t far_capacity;
   int32_t sinks, tail;
 };
 struct PrefillArgs {
-  const PrefillHead* heads;  // (kv_heads)
+  const PrefillHead*
+      heads;  // (kv_heads), or null: nothing is far, and all rows are of one block, which begins at position 0
   int32_t kv_heads, group;
   int32_t key_dim, value_dim;
   DType dtype;  // of slab, q, k, v and out alike
@@ -450,7 +451,9 @@ struct PrefillArgs {
   int32_t block, block_offset;  // block_offset: first_position % block
   int64_t first_block, blocks;
   float scale;
-  bool last_first = false;  // the order of work: last queries, which see most, first
+  // If `heads` is null: multiprocessors to leave to others; or blocks of threads take a job each, between which others' come in.
+  static constexpr int32_t kJobByJob = -1;
+  int32_t spare = 0;
 };
 bool PrefillSupported(int32_t key_dim, int32_t value_dim);
 void Prefill(const PrefillArgs& args, int32_t compute_capability, int32_t multiprocessors, cudaStream_t stream);
@@ -494,10 +497,14 @@ struct AdmitArgs {
   int64_t source_begin = 0;
   int32_t value_dim = 0;
   Scoring scoring = {};
+  int32_t multiprocessors = 1, shared_bytes = 96 * 1024;  // of the device; of a block, at most
 };
 // At a prompt's beginning: protected_index from the slots of the layer's heads.
 void AdmitBegin(const AdmitHead* heads, int32_t head_count, const Head* layer_heads, cudaStream_t stream);
-void Admit(const AdmitArgs& args, cudaStream_t stream);
+// Scores of the call's departures; and, once these are there, who is protected in the end, who loses after every departure, and the
+// snapshots.
+void AdmitScore(const AdmitArgs& args, cudaStream_t stream);
+void AdmitSelect(const AdmitArgs& args, cudaStream_t stream);
 
 }  // namespace express::cuda
 

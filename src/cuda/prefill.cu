@@ -278,8 +278,8 @@ __global__ __launch_bounds__(kWarps* kWarp, kMTiles* kWarps == 8
   extern __shared__ __align__(128) char shared[];
   PrefillJob job;
   if (!FindJob(args, F::kRows, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.x), job)) return;
-  const PrefillHead& head = args.heads[job.kv_head];
-  const int32_t far_count = head.far_count[job.block];
+  const PrefillHead head = HeadOf(args, job.kv_head);
+  const int32_t far_count = FarCount(head, job.block);
   const uint32_t base = SharedAddress(shared);
   F flash{args,
           job,
@@ -306,9 +306,9 @@ __global__ __launch_bounds__(kThreads) void PrefillPlainKernel(const __grid_cons
   __shared__ float outs[kWarps][kMostDim];
   PrefillJob job;
   if (!FindJob(args, 1, static_cast<int32_t>(blockIdx.y), static_cast<int32_t>(blockIdx.x), job)) return;
-  const PrefillHead& head = args.heads[job.kv_head];
+  const PrefillHead head = HeadOf(args, job.kv_head);
   const int warp = static_cast<int>(threadIdx.x / kWarp), lane = static_cast<int>(threadIdx.x % kWarp);
-  const int32_t far_count = head.far_count[job.block];
+  const int32_t far_count = FarCount(head, job.block);
   const auto* query = reinterpret_cast<const float*>(RowAt(args.q, job.first, job.query_head));
   float q[kEach], out[kEach] = {}, max = kMinusInfinity, sum = 0;
 #pragma unroll

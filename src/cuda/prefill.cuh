@@ -29,6 +29,13 @@ __device__ inline int64_t FirstKeptRow(const PrefillArgs& args, int32_t sinks, i
   return min(max(exact, int64_t{0}), start);
 }
 
+__device__ inline PrefillHead HeadOf(const PrefillArgs& args, int32_t kv_head) {
+  return args.heads != nullptr ? args.heads[kv_head] : PrefillHead{};
+}
+__device__ inline int32_t FarCount(const PrefillHead& head, int32_t block) {
+  return head.far_count != nullptr ? head.far_count[block] : 0;
+}
+
 // A KV head has so many jobs of up to `rows` queries, some of them without queries.
 __host__ __device__ inline int64_t PrefillJobs(const PrefillArgs& args, int32_t rows) {
   return args.blocks * args.group * CeilDiv(args.block, rows);
@@ -46,7 +53,7 @@ __device__ inline bool FindJob(const PrefillArgs& args, int32_t rows, int32_t kv
   const int64_t start = BlockStart(args, block), end = min(BlockStart(args, block + 1), args.tokens);
   job.first = start + index % tiles * rows;
   job.last = min(job.first + rows, end);
-  const PrefillHead& head = args.heads[kv_head];
+  const PrefillHead head = HeadOf(args, kv_head);
   job.begin = FirstKeptRow(args, head.sinks, head.tail, start);
   return job.first < job.last;
 }

@@ -265,8 +265,8 @@ class Consumer {
   const int warp_ = static_cast<int>(threadIdx.x) % kWarpgroup / kWarp, lane_ = static_cast<int>(threadIdx.x) % kWarp;
 };
 
-// Block b has jobs [b * each, (b + 1) * each) of KV head y; or all heads' last jobs come first.
-template <class T, int kDim>
+// Block b has jobs [b * each, (b + 1) * each) of KV head y; kPlain: what PlainCursor gives it.
+template <class T, int kDim, bool kPlain>
 __global__ __launch_bounds__(kThreads, 1) void PrefillKernel(const __grid_constant__ PrefillArgs args, int32_t each) {
   extern __shared__ char shared[];
   const uint32_t address = SharedAddress(shared);
@@ -277,19 +277,18 @@ __global__ __launch_bounds__(kThreads, 1) void PrefillKernel(const __grid_consta
     FenceForProducts();
   }
   __syncthreads();
-  auto kv_head = static_cast<int32_t>(blockIdx.y), piece = static_cast<int32_t>(blockIdx.x);
-  if (args.last_first) {
-    const int32_t at = kv_head * static_cast<int32_t>(gridDim.x) + piece;
-    kv_head = at % args.kv_heads;
-    piece = static_cast<int32_t>(gridDim.x) - 1 - at / args.kv_heads;
-  }
-  const int32_t begin = piece * each;
-  const int32_t end = min(begin + each, static_cast<int32_t>(PrefillJobs(args, kRows)));
   const int group = static_cast<int>(threadIdx.x) / kWarpgroup;
   if (group == kConsumers) {
     GiveRegisters<kProducerRegisters>();
-    const PrefillHead head = args.heads[kv_head];
-    Producer<kDim>(args, head, kv_head, memory).Run(Cursor(args, head, kv_head, begin, end));
+    if constexpr (kPlain) {
+      constexpr PrefillHead kNothingFar{};
+      Producer<kDim>(args, kNothingFar, memory).Run(PlainCursor(args));
+    } else {
+      const auto kv_head = static_cast<int32_t>(blockIdx.y), begin = static_cast<int32_t>(blockIdx.x) * each;
+      const int32_t end = min(begin + each, static_cast<int32_t>(PrefillJobs(args, kRows)));
+      const PrefillHead head = args.heads[kv_head];
+      Producer<kDim>(args, head, memory).Run(Cursor(args, head, kv_head, begin, end));
+    }
   } else {
     TakeRegisters<kConsumerRegisters>();
     Consumer<T, kDim> consumer(args, memory, group);
@@ -317,14 +316,25 @@ int32_t JobsOfBlock(int64_t jobs, int64_t kv_heads, int64_t at_once) {
   return best;
 }
 
+template <class T, int kDim, bool kPlain>
+void Launch(const PrefillArgs& args, dim3 grid, int32_t each, cudaStream_t stream) {
+  const auto bytes = static_cast<int>(Memory<kDim>::kBytes + Memory<kDim>::kAligned);
+  const auto kernel = &PrefillKernel<T, kDim, kPlain>;
+  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  kernel<<<grid, kThreads, static_cast<size_t>(bytes), stream>>>(args, each);
+}
 template <class T, int kDim>
 void Run(const PrefillArgs& args, int32_t multiprocessors, cudaStream_t stream) {
+  if (args.heads == nullptr) {
+    const int64_t jobs = CeilDiv(args.tokens, kRows) * args.kv_heads * args.group;
+    const int64_t most = args.spare == PrefillArgs::kJobByJob ? jobs : std::max(1, multiprocessors - args.spare),
+                  blocks = std::min(jobs, most);
+    return Launch<T, kDim, true>(args, static_cast<uint32_t>(blocks), 0, stream);
+  }
   const int64_t jobs = PrefillJobs(args, kRows);
   const int32_t each = JobsOfBlock(jobs, args.kv_heads, std::max(1, multiprocessors));
-  const auto bytes = static_cast<int>(Memory<kDim>::kBytes + Memory<kDim>::kAligned);
-  cudaFuncSetAttribute(PrefillKernel<T, kDim>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   const dim3 grid(static_cast<uint32_t>(CeilDiv(jobs, each)), static_cast<uint32_t>(args.kv_heads));
-  PrefillKernel<T, kDim><<<grid, kThreads, bytes, stream>>>(args, each);
+  Launch<T, kDim, false>(args, grid, each, stream);
 }
 
 }  // namespace

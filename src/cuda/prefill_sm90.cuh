@@ -123,8 +123,14 @@ struct GatherJob {
 // memory is asked for long before. Counted up, not divided: the warps that gather are what everything waits for.
 class Cursor {
  public:
-  __device__ Cursor(const PrefillArgs& args, const PrefillHead& head, int32_t kv_head, int32_t begin, int32_t end)
-      : args_(args), far_counts_(head.far_count), sinks_(head.sinks), tail_(head.tail), left_(end - begin) {
+  static constexpr bool kOneHead = true;
+  __device__ Cursor(const PrefillArgs& args, const PrefillHead& head, int32_t kv_head_, int32_t begin, int32_t end)
+      : kv_head(kv_head_),
+        args_(args),
+        far_counts_(head.far_count),
+        sinks_(head.sinks),
+        tail_(head.tail),
+        left_(end - begin) {
     const int32_t row_tiles = RowTiles(), head_tile = begin / row_tiles;
     row_tile_ = begin % row_tiles;
     query_head_ = kv_head * args.group + head_tile % args.group;
@@ -143,6 +149,7 @@ class Cursor {
   __device__ bool valid() const { return first < count; }
   __device__ bool last() const { return first + kKeys >= count; }  // tile of the job
 
+  const int32_t kv_head;
   int32_t block, begin, far_count;
   int32_t first, count;  // of the job's keys, [first, first + kKeys) is the tile
   GatherJob next;
@@ -160,7 +167,7 @@ class Cursor {
               static_cast<int32_t>(min(end - first, int64_t{kRows})),
               query_head_,
               0};
-      if (next.rows > 0) next.far_count = far_counts_[block_];
+      if (next.rows > 0 && far_counts_ != nullptr) next.far_count = far_counts_[block_];
       --left_;
       if (++row_tile_ < RowTiles()) continue;
       row_tile_ = 0;
@@ -177,24 +184,65 @@ class Cursor {
   int32_t left_, row_tile_, query_head_, heads_end_, block_;
 };
 
+// The jobs of a launch without heads, of all KV heads: row tiles from the last one on, which sees most, of all query heads each. They
+// are dealt out to blocks of threads there and back, so that all blocks get about as much.
+class PlainCursor {
+ public:
+  static constexpr bool kOneHead = false;
+  __device__ explicit PlainCursor(const PrefillArgs& args)
+      : args_(args),
+        heads_(args.kv_heads * args.group),
+        row_tiles_(static_cast<int32_t>((args.tokens + kRows - 1) / kRows)) {
+    FindNext();
+  }
+  __device__ void NextJob() {
+    kv_head = next.query_head / args_.group;
+    first = 0;
+    count = next.rows == 0 ? 0 : next.first + next.rows;
+    FindNext();
+  }
+  __device__ bool valid() const { return first < count; }
+  __device__ bool last() const { return first + kKeys >= count; }  // tile of the job
+
+  static constexpr int32_t block = 0, begin = 0, far_count = 0;
+  int32_t kv_head;
+  int32_t first, count;
+  GatherJob next;
+
+ private:
+  __device__ void FindNext() {
+    const auto blocks = static_cast<int32_t>(gridDim.x), own = static_cast<int32_t>(blockIdx.x);
+    const int32_t job = round_ * blocks + (round_ % 2 == 0 ? own : blocks - 1 - own);
+    ++round_;
+    const int32_t row_tile = row_tiles_ - 1 - job / heads_;
+    const int32_t rows = static_cast<int32_t>(min(args_.tokens - int64_t{row_tile} * kRows, int64_t{kRows}));
+    next = {0, 0, row_tile * kRows, row_tile < 0 ? 0 : rows, job % heads_, 0};
+  }
+
+  const PrefillArgs& args_;
+  const int32_t heads_, row_tiles_;
+  int32_t round_ = 0;
+};
+
 // Each warp for itself: two fetch keys, two fetch values, half the rows of a tile each.
 template <int kDim>
 class Producer {
  public:
-  __device__ Producer(const PrefillArgs& args, const PrefillHead& head, int32_t kv_head, const Memory<kDim>& memory)
+  __device__ Producer(const PrefillArgs& args, const PrefillHead& head, const Memory<kDim>& memory)
       : memory_(memory),
         args_(args),
         head_(head),
-        rows_(RowAt(keys_ ? args.k : args.v, 0, kv_head)),
         slab_(static_cast<const char*>(keys_ ? head.slab_key : head.slab_value)),
         row_bytes_((keys_ ? args.k : args.v).row_stride * 2) {}
 
-  __device__ void Run(Cursor cursor) {
+  template <class Jobs>
+  __device__ void Run(Jobs cursor) {
     int32_t index[kOwn];
     float bias[kOwn];
     int32_t part = 0;  // parts of the next job's queries that are on their way
     LoadQueries(cursor.next, 0, kParts);
     cursor.NextJob();
+    rows_ = RowAt(keys_ ? args_.k : args_.v, 0, cursor.kv_head);
     LookUp(cursor, index, bias);
     while (cursor.valid()) {
       const int32_t left = cursor.count - cursor.first - half_ * kHalf;  // rows of the tile's half
@@ -206,6 +254,7 @@ class Producer {
       const int32_t parts = last ? kParts : min(kParts, cursor.first / kKeys - 2);
       if (last) {
         cursor.NextJob();
+        if constexpr (!Jobs::kOneHead) rows_ = RowAt(keys_ ? args_.k : args_.v, 0, cursor.kv_head);
       } else {
         cursor.first += kKeys;
       }
@@ -226,7 +275,8 @@ class Producer {
   static constexpr int kParts = 4;
 
   // Lane l has rows l, l + 32 of the half.
-  __device__ __forceinline__ void LookUp(const Cursor& cursor, int32_t (&index)[kOwn], float (&bias)[kOwn]) const {
+  template <class Jobs>
+  __device__ __forceinline__ void LookUp(const Jobs& cursor, int32_t (&index)[kOwn], float (&bias)[kOwn]) const {
     const int64_t list = int64_t{cursor.block} * head_.far_capacity;
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {

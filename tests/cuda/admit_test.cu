@@ -361,7 +361,8 @@ class Runner {
                          .first_position = streams_[0].first_position,
                          .snapshot_at = snapshot_at.data(),
                          .snapshots = static_cast<int32_t>(times.size())};
-    Admit(args, nullptr);
+    AdmitScore(args, nullptr);
+    AdmitSelect(args, nullptr);
     CHECK_CUDA(cudaGetLastError());
     CHECK_CUDA(cudaDeviceSynchronize());
     for (int32_t h = 0; h < c_.heads && !testing::Test::HasFailure(); ++h)
@@ -532,7 +533,8 @@ void Time(int32_t heads, int32_t protect, int64_t count) {
     CHECK_CUDA(cudaMemset(counts.data(), 0, per_head(2) * sizeof(int32_t)));
     CHECK_CUDA(cudaMemset(sum.data(), 0, per_head(kDim) * sizeof(float)));
     CHECK_CUDA(cudaEventRecord(begin));
-    Admit(args, nullptr);
+    AdmitScore(args, nullptr);
+    AdmitSelect(args, nullptr);
     CHECK_CUDA(cudaEventRecord(end));
     CHECK_CUDA(cudaEventSynchronize(end));
     float elapsed = 0;

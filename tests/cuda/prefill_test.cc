@@ -357,6 +357,52 @@ TEST_F(CudaTest, PrefillKernelsAgreeWithAttentionInDouble) {
   std::printf("  largest error: %.2f of what rounding allows\n", worst);
 }
 
+// Nothing is far, and blocks do not matter: every query sees all rows up to its own.
+PrefillArgs OnlyRows(Prompt& p, int32_t spare) {
+  for (Prompt::Lists& l : p.lists) std::fill(l.count.begin(), l.count.end(), 0);
+  PrefillArgs args = p.args;
+  args.heads = nullptr;
+  args.block = static_cast<int32_t>(p.c.tokens);
+  args.blocks = 1;
+  args.spare = spare;
+  return args;
+}
+TEST_F(CudaTest, PromptsOfWhichNothingIsFar) {
+  cudaDeviceProp device;
+  ASSERT_CUDA(cudaGetDeviceProperties(&device, 0));
+  const int32_t own = device.major * 10 + device.minor, all = device.multiProcessorCount;
+  uint32_t seed = 900;
+  for (Case c : Cases()) {
+    c.first_position = 0;
+    c.sinks = 0;
+    c.tail = static_cast<int32_t>(c.tokens);
+    SCOPED_TRACE(testing::Message() << c);
+    Prompt p(c, seed++);
+    OnlyRows(p, 0);
+    const Expected e = Reference(p);
+    struct Launch {
+      int32_t capability, multiprocessors, spare;
+    };
+    for (const Launch& launch : {Launch{80, all, 0},
+                                 {own, all, 0},
+                                 {own, 1, 0},
+                                 {own, 7, 2},
+                                 {own, 2, 5},
+                                 {own, all, PrefillArgs::kJobByJob}}) {
+      SCOPED_TRACE(testing::Message() << "compute capability " << launch.capability << ", " << launch.multiprocessors
+                                      << " multiprocessors, to spare " << launch.spare);
+      p.out.Poison();
+      p.lse.Poison();
+      Prefill(OnlyRows(p, launch.spare), launch.capability, launch.multiprocessors, stream_);
+      ASSERT_CUDA(cudaGetLastError());
+      ASSERT_CUDA(cudaStreamSynchronize(stream_));
+      const Errors errors = Compare(p, e);
+      EXPECT_LT(errors.out, 1);
+      EXPECT_LT(errors.lse, 1);
+    }
+  }
+}
+
 // Few and small, for tools that look at every access.
 TEST_F(CudaTest, PrefillOfAFewTokens) {
   cudaDeviceProp device;
@@ -375,6 +421,14 @@ TEST_F(CudaTest, PrefillOfAFewTokens) {
       EXPECT_LT(errors.out, 1) << "compute capability " << capability;
       EXPECT_LT(errors.lse, 1) << "compute capability " << capability;
     }
+    Prompt rows({DType::kBF16, dim, dim, 2, 2, 300, 0, 64, 1, 0, 300, Kind::kPlain}, seed++);
+    const PrefillArgs args = OnlyRows(rows, 0);
+    const Expected of_rows = Reference(rows);
+    rows.out.Poison();
+    rows.lse.Poison();
+    Prefill(args, device.major * 10 + device.minor, 5, stream_);
+    ASSERT_CUDA(cudaStreamSynchronize(stream_));
+    EXPECT_LT(Compare(rows, of_rows).out, 1);
   }
 }
 

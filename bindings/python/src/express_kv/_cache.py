@@ -218,7 +218,8 @@ class Cache:
         return data
 
     def load(self, data: bytes) -> None:
-        """Takes the place of all it holds. Damaged data and other configurations are refused."""
+        """Takes the place of all it holds. Damaged data and other configurations are refused. From another kind of device: say in both
+        what head_budgets are, "auto" is not the same everywhere."""
         self._core.load(data)
 
     def copy_from(self, other: Cache) -> None:
