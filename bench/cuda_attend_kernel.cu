@@ -254,10 +254,8 @@ void Measure(Pool& pool, cudaStream_t stream, const std::vector<Way>& ways, doub
                                        std::vector<const Head*> rows;
                                        for (int32_t c = 0; c < batch; ++c)
                                          rows.push_back(made.described[l].data() + c * kKvHeads);
-                                       const auto& from = way.machines;
-                                       const int32_t blocks =
-                                           from.size() == 1 ? 1 : AttendBlocks(made.args[l], rows.data(), from.data());
-                                       Attend(made.args[l], rows.data(), from[static_cast<size_t>(blocks - 1)], stream);
+                                       Attend(made.args[l], rows.data(), way.machines.data(),
+                                              static_cast<int32_t>(way.machines.size()), stream);
                                      }
                                    }) /
                       layers;

@@ -442,8 +442,7 @@ Status CudaCache::AttendCaches(const Cache* const* caches, int64_t count, int32_
       for (int32_t g = 0; g < config_.kv_heads; ++g)
         args.max_capacity = std::max(args.max_capacity, described[i][g].capacity);
     }
-    const int32_t blocks = cuda::AttendBlocks(args, described, traits_.attend);
-    cuda::Attend(args, described, traits_.attend[blocks - 1], stream_);
+    cuda::Attend(args, described, traits_.attend, cuda::kMostBlocks, stream_);
     ObserveQueries(caches + first, layer, args);
     advance(args.q, args.caches);
     advance(args.out, args.caches);

@@ -293,6 +293,19 @@ bool WholeHeads(const AttendArgs& args, const Work& work, const AttendMachine& m
          work.heads < 12 * machine.multiprocessors;
 }
 
+// Measured on an H200. Two blocks to a multiprocessor are best for a few long heads, which are spread wider, and for many, where the
+// end of one passes under the keys of another block's. Long rows need the memory of one.
+int32_t BestBlocks(const AttendArgs& args, const Work& work, const AttendMachine* machines) {
+  const AttendMachine &one = machines[0], &two = machines[1], &three = machines[2];
+  if (args.dtype == DType::kF32 || args.key_dim + args.value_dim > 256) return 1;
+  if (work.heads <= one.multiprocessors) {
+    const bool few = 16 * work.heads <= one.multiprocessors && args.max_capacity >= 2048;
+    return few ? 2 : 1;
+  }
+  if (WholeHeads(args, work, two)) return Fill(work.heads, two) < kFilled && three.compute_capability >= 90 ? 3 : 2;
+  return work.heads >= 4 * one.multiprocessors ? 2 : 1;
+}
+
 // Warps of a block, if there can be so many blocks of a multiprocessor.
 int32_t MostWarps(int32_t blocks) { return blocks == 1 ? kMostWarps : kMostWarps / 2; }
 
@@ -438,20 +451,6 @@ cudaError_t DescribeAttend(int32_t device, int32_t blocks, AttendMachine* machin
   return error;
 }
 
-// Measured on an H200. Two blocks to a multiprocessor are best for a few long heads, which are spread wider, and for many, where the
-// end of one passes under the keys of another block's. Long rows need the memory of one.
-int32_t AttendBlocks(const AttendArgs& args, const Head* const* described, const AttendMachine* machines) {
-  const AttendMachine &one = machines[0], &two = machines[1], &three = machines[2];
-  if (args.dtype == DType::kF32 || args.key_dim + args.value_dim > 256) return 1;
-  const Work work = Measure(args, described);
-  if (work.heads <= one.multiprocessors) {
-    const bool few = 16 * work.heads <= one.multiprocessors && args.max_capacity >= 2048;
-    return few ? 2 : 1;
-  }
-  if (WholeHeads(args, work, two)) return Fill(work.heads, two) < kFilled && three.compute_capability >= 90 ? 3 : 2;
-  return work.heads >= 4 * one.multiprocessors ? 2 : 1;
-}
-
 cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const AttendMachine& machine) {
   cudaError_t error = cudaSuccess;
   if (dtype == DType::kF32) return error;
@@ -461,22 +460,22 @@ cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const
   return error;
 }
 
-void Attend(const AttendArgs& args, const Head* const* described, const AttendMachine& machine, cudaStream_t stream) {
+void Attend(const AttendArgs& args, const Head* const* described, const AttendMachine* machines, int32_t count,
+            cudaStream_t stream) {
   AttendLaunch launch;
   launch.args = args;
+  const Work work = Measure(args, described);
+  const AttendMachine& machine = machines[count == 1 ? 0 : BestBlocks(args, work, machines) - 1];
   const int32_t rows = args.tokens * args.group;
   const bool plain = args.dtype == DType::kF32;
   const int32_t at_once = plain ? kPlainRows : args.dtype == DType::kI8 ? kQueries : kPartialRows;
   int32_t shares = 0;
   Choice choice;
   if (!plain) {
-    const Work work = Measure(args, described);
     const bool each = WholeHeads(args, work, machine);
     choice = each ? Choice{.cluster = 0, .whole = true} : Choose(args, work, machine);
     const int32_t most = machine.clusters[choice.cluster];
-    launch.heads = each                                ? HeadsOfBlock(work.heads, machine)
-                   : choice.whole && args.sizes_change ? 1
-                                                       : 0;
+    launch.heads = each ? HeadsOfBlock(work.heads, machine) : choice.whole && args.sizes_change ? 1 : 0;
     launch.cut = args.sizes_change && launch.heads == 0 ? most : 0;
     shares = launch.heads > 0 ? static_cast<int32_t>(CeilDiv(work.heads, launch.heads))
              : launch.cut > 0 ? launch.cut

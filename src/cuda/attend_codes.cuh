@@ -53,23 +53,7 @@ struct CodeState : WarpState<BFloat16, kKeyDim, kValueDim, 1> {
   using typename Base::Queries;
 
   __device__ __forceinline__ void LoadQueries(const AttendLaunch& launch, int32_t head, Queries& to) const {
-    switch (launch.args.q.dtype) {
-      case DType::kF32:
-        return LoadQueriesOf<float>(launch, head, to);
-      case DType::kF16:
-        return LoadQueriesOf<Half>(launch, head, to);
-      default:
-        return LoadQueriesOf<BFloat16>(launch, head, to);
-    }
-  }
-  template <class From>
-  __device__ __forceinline__ void LoadQueriesOf(const AttendLaunch& launch, int32_t head, Queries& to) const {
-    const int32_t cache = head / launch.args.kv_heads, kv_head = head % launch.args.kv_heads;
-    const auto* from = static_cast<const From*>(QueryRow(launch, min(g, launch.rows - 1), cache, kv_head)) + 4 * t;
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-#pragma unroll
-      for (int j = 0; j < 2; ++j) to[0][i][j] = g < launch.rows ? LoadPair<BFloat16>(from + 16 * i + 2 * j) : 0;
+    Base::template LoadQueries<4, 2>(launch, head, to);
   }
 
   // As WarpState's. What free slots hold may be anything, as codes a number; their scales are not looked at.

@@ -174,27 +174,30 @@ struct WarpState {
 
   // Whether there are registers for the queries of the head to come.
   static constexpr bool kAhead = kTiles * (4 * kSteps + 4 * kRowTiles) <= 128;
+  // Elements kThread t + kPiece j, and the next, of piece j of a step.
+  template <int kThread = 2, int kPiece = 8>
   __device__ __forceinline__ void LoadQueries(const AttendLaunch& launch, int32_t head, Queries& to) const {
     switch (launch.args.q.dtype) {
       case DType::kF32:
-        return LoadQueriesOf<float>(launch, head, to);
+        return LoadQueriesOf<float, kThread, kPiece>(launch, head, to);
       case DType::kF16:
-        return LoadQueriesOf<Half>(launch, head, to);
+        return LoadQueriesOf<Half, kThread, kPiece>(launch, head, to);
       default:
-        return LoadQueriesOf<BFloat16>(launch, head, to);
+        return LoadQueriesOf<BFloat16, kThread, kPiece>(launch, head, to);
     }
   }
-  template <class From>
+  template <class From, int kThread, int kPiece>
   __device__ __forceinline__ void LoadQueriesOf(const AttendLaunch& launch, int32_t head, Queries& to) const {
     const int32_t cache = head / launch.args.kv_heads, kv_head = head % launch.args.kv_heads;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int row = n * kQueries + g;
-      const auto* from = static_cast<const From*>(QueryRow(launch, min(row, launch.rows - 1), cache, kv_head)) + 2 * t;
+      const auto* from =
+          static_cast<const From*>(QueryRow(launch, min(row, launch.rows - 1), cache, kv_head)) + kThread * t;
 #pragma unroll
       for (int i = 0; i < kSteps; ++i)
 #pragma unroll
-        for (int j = 0; j < 2; ++j) to[n][i][j] = row < launch.rows ? LoadPair<T>(from + 16 * i + 8 * j) : 0;
+        for (int j = 0; j < 2; ++j) to[n][i][j] = row < launch.rows ? LoadPair<T>(from + 16 * i + kPiece * j) : 0;
     }
   }
   __device__ __forceinline__ void Take(const Queries& from) {

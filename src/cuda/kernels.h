@@ -230,13 +230,13 @@ struct AttendMachine {
   int32_t clusters[kClusterSizes];  // of 2^i blocks that run at once; 0: such clusters are not to be used
 };
 cudaError_t DescribeAttend(int32_t device, int32_t blocks, AttendMachine* machine);
-// How many blocks of a multiprocessor take this best. machines (kMostBlocks): as described for 1, 2, .. of them.
 inline constexpr int32_t kMostBlocks = 3;
-int32_t AttendBlocks(const AttendArgs& args, const Head* const* described, const AttendMachine* machines);
 // On every device, before Attend with these types and dims. The device is the current one.
 cudaError_t PrepareAttend(DType dtype, int32_t key_dim, int32_t value_dim, const AttendMachine& machine);
-// described: what args.heads points to, on the host.
-void Attend(const AttendArgs& args, const Head* const* described, const AttendMachine& machine, cudaStream_t stream);
+// described: what args.heads points to, on the host. machines: as described for 1, 2, .. kMostBlocks blocks of a multiprocessor, of which
+// the best is chosen; or one machine, to be as it says.
+void Attend(const AttendArgs& args, const Head* const* described, const AttendMachine* machines, int32_t count,
+            cudaStream_t stream);
 
 // ---- spans of a prompt (span.cu): values of nodes, see src/plan/span.h; an entry's index as in PrefillHead ----
 

@@ -157,7 +157,7 @@ struct Problem {
     got.out.resize(static_cast<size_t>(out_count)), got.lse.resize(static_cast<size_t>(lse_count));
     EXPECT_EQ(cudaMemset(args.out.data, 0xFF, got.out.size() * 4), cudaSuccess);
     EXPECT_EQ(cudaMemset(args.lse, 0xFF, got.lse.size() * 4), cudaSuccess);
-    Attend(args, rows.data(), machine, nullptr);
+    Attend(args, rows.data(), &machine, 1, nullptr);
     EXPECT_EQ(cudaGetLastError(), cudaSuccess);
     EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
     EXPECT_EQ(cudaMemcpy(got.out.data(), args.out.data, got.out.size() * 4, cudaMemcpyDeviceToHost), cudaSuccess);
