@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Express on an NVIDIA GPU beside PyTorch's exact attention, all in one run, with the floors measured in it.
 
-    python3 bench/cuda_table.py --library build/release/libexpress.so --out bench/results [--part prefill|decode|step|all]
+    python3 bench/cuda_table.py --library build/release/libexpress.so --out bench/results [--part prefill|decode|step|compress|all]
 
-Prints a table and writes h200_prefill.json, h200_decode.json and h200_step.json (see bench/results/README.md). Needs PyTorch with
+Prints a table and writes h200_prefill.json, h200_decode.json, h200_step.json and h200_compress.json (see bench/results/README.md). Needs PyTorch with
 scaled_dot_product_attention's FlashAttention-2 and cuDNN backends, and Triton for the read bandwidth.
 """
 import argparse
@@ -117,7 +117,7 @@ def prefill_rows(express, quick):
     heads, dim, rows = 32, 128, []
     print("\ncausal prefill, 1 x 32 heads, d 128, bf16\n      n  method               ms    single      host  TFLOP/s  rel. error"
           "  budget block  workspace MB")
-    for n in (512, 1024, 2048, 4096, 8192, 32768, 131072) + (() if quick else (524288,)):
+    for n in (256, 512, 768, 1024, 1536, 2048, 3072, 4096, 8192, 32768, 131072) + (() if quick else (524288,)):
         layers, repeats = (1, 3) if n > 200000 else (4, 5)
         q, k, v = (random_heads(n, heads, dim, seed) for seed in (1, 2, 3))
         nhd = [t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)]
@@ -315,11 +315,35 @@ def step_rows(express, quick):
     return rows
 
 
+def compress_rows(express, quick):
+    """A cache of one layer compressed at once."""
+    kv_heads, dim, budget, rows = 8, 128, 1024, []
+    print("\ncompress_kv, 8 KV heads, d 128, bf16, 1024 entries\n      n       ms      host  GB/s of the cache")
+    for n in (4096, 32768, 131072) + (() if quick else (524288,)):
+        config = express_abi.Config()
+        express.call("express_config_init", C.byref(config), C.c_uint32(C.sizeof(config)))
+        fields = {"layers": 1, "query_heads": 32, "kv_heads": kv_heads, "key_dim": dim, "value_dim": dim, "budget": budget, "dtype": BF16,
+                  "device_type": CUDA, "stream": torch.cuda.current_stream().cuda_stream}
+        for name, value in fields.items():
+            setattr(config, name, value)
+        size, count = C.c_size_t(), C.c_int64()
+        express.call("express_compress_kv_workspace", C.byref(config), C.byref(size))
+        scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")
+        out = [torch.empty(kv_heads, budget, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+        tensors = [random_heads(n, kv_heads, dim, seed) for seed in (1, 2)] + out + [torch.empty(kv_heads, budget, device="cuda")]
+        views = [C.byref(express.view(t)) for t in tensors]
+        workspace = C.byref(Workspace(scratch.data_ptr(), size.value))
+        device, host = both_seconds(lambda: express.call("express_compress_kv", C.byref(config), *views, None, C.byref(count), workspace))
+        rows.append({"n": n, "ms": device * 1e3, "host_ms": host * 1e3, "entries": count.value, "workspace_bytes": size.value})
+        print(f"{n:7d} {device * 1e3:8.3f} {host * 1e3:9.3f} {n * kv_heads * dim * 4 / device / 1e9:8.0f}")
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--library", required=True)
     parser.add_argument("--out", default="bench/results")
-    parser.add_argument("--part", default="all", choices=("all", "prefill", "decode", "step"))
+    parser.add_argument("--part", default="all", choices=("all", "prefill", "decode", "step", "compress"))
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     express = Express(options.library)
@@ -328,7 +352,8 @@ def main():
           f" {floor['read_gb_s']:.0f} GB/s, bf16 matrix product {floor['matrix_tflops']:.0f} TFLOP/s")
     parts = {"prefill": lambda: prefill_rows(express, options.quick),
              "decode": lambda: decode_rows(express, floor["read_gb_s"], options.quick),
-             "step": lambda: step_rows(express, options.quick)}
+             "step": lambda: step_rows(express, options.quick),
+             "compress": lambda: compress_rows(express, options.quick)}
     for name, rows in parts.items():
         if options.part not in ("all", name):
             continue

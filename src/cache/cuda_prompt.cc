@@ -257,8 +257,13 @@ void PromptRun::StartRecording() {
   for (int32_t i = 0; i < plan_count(); ++i) {
     if (recording_[static_cast<size_t>(i)] != nullptr) continue;
     host.alone[static_cast<size_t>(i)].Reset({&plan(i).plan}, shape_.span, shape_.blocks);
-    if (input_.tokens <= kRecorded) MakeRecording(i);
+    if (Records()) MakeRecording(i);
   }
+}
+
+bool PromptRun::Records() const {
+  const int64_t tokens = input_.tokens;
+  return tokens <= kRecorded || (tokens <= 2 * kRecorded && tokens * plan_count() <= kRecordings * kRecorded);
 }
 
 PromptHost::Recording* PromptRun::FindRecording(plan::Plan& plan) {
@@ -274,7 +279,8 @@ PromptHost::Recording* PromptRun::FindRecording(plan::Plan& plan) {
 // In place of the one that has not been used for longest, if there are many.
 void PromptRun::MakeRecording(int32_t i) {
   auto& recordings = host_->recordings;
-  if (recordings.size() >= std::max(PromptHost::kMost, static_cast<size_t>(plan_count())))
+  const int64_t most = input_.tokens <= kRecorded ? kRecordings : kRecordings / 2;
+  if (recordings.size() >= static_cast<size_t>(std::max<int64_t>(most, plan_count())))
     recordings.erase(std::min_element(recordings.begin(), recordings.end(),
                                       [](const auto& a, const auto& b) { return a->used < b->used; }));
   auto recording = std::make_unique<PromptHost::Recording>();

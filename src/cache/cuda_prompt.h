@@ -44,8 +44,7 @@ struct PromptHost {
     EntryLists lists;  // of the end
     int64_t used = 0;  // the last call that has used it
   };
-  static constexpr size_t kMost = 16;  // recordings, or as many as a layer has plans
-  int64_t tokens = 0, block = 0;       // of the prompts that are recorded
+  int64_t tokens = 0, block = 0;  // of the prompts that are recorded
   int64_t calls = 0;
   std::vector<std::unique_ptr<Recording>> recordings;
   std::vector<plan::Span> alone;  // of each plan of the layer, in work
@@ -54,8 +53,10 @@ struct PromptHost {
 
 class PromptRun {
  public:
-  static constexpr int64_t kSpan = 32768;      // tokens
-  static constexpr int64_t kRecorded = 16384;  // prompts up to so many tokens are recorded
+  static constexpr int64_t kSpan = 32768;  // tokens
+  // Up to so many plans are recorded, or as many as a layer has: of prompts of up to so many tokens, or of up to twice as many, if these
+  // do not take more memory.
+  static constexpr int64_t kRecordings = 16, kRecorded = 16384;
 
   // Of 8-bit storage, what a prompt brings is quantised first; longer ones are taken as several prompts.
   static constexpr int64_t kQuantised = kSpan;
@@ -134,6 +135,7 @@ class PromptRun {
   const cuda::Head& head(int32_t kv_head) const;
   // The plans.
   void StartRecording();
+  bool Records() const;
   PromptHost::Recording* FindRecording(plan::Plan& plan);
   void MakeRecording(int32_t i);
   void RecordSpan(int64_t tokens);
