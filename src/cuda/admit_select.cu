@@ -167,7 +167,7 @@ __device__ __noinline__ uint32_t FillWeakest(const FullSet set, SelectionMemory&
   const bool is_listed = thread < wanted;
   const uint32_t bits = memory.list_bits[thread];
   int32_t rank = is_listed ? CountLess(memory.list_bits, wanted, bits) : 0;
-  if (is_listed) memory.at_rank[rank] = thread;
+  if (is_listed) atomicExch(&memory.at_rank[rank], thread);  // equals meet there: whoever is the last
   __syncthreads();
   if (__syncthreads_or(is_listed && memory.at_rank[rank] != thread)) rank = RankOfListed(set, memory, wanted);
   if (is_listed) {
@@ -315,7 +315,7 @@ class Selection {
     // Ranks. An entry is weaker than its equals that are older; candidates are younger than all that is sorted.
     int32_t rank = is_candidate ? CountLess(m.candidate_bits, count, bits) : 0;
     const int32_t weaker = is_candidate ? Below<false>(m.bits, sorted_, bits) : 0;
-    if (is_candidate) m.at_rank[rank] = thread_;
+    if (is_candidate) atomicExch(&m.at_rank[rank], thread_);  // equals meet there
     __syncthreads();
     if (__syncthreads_or(is_candidate && m.at_rank[rank] != thread_)) rank = RankOfCandidate(m, count);
     const int32_t place = weaker + rank;  // among both

@@ -17,6 +17,46 @@ void Step(ExpressCache& cache, const Config& c, Mirror& k, Mirror& v, Mirror& q,
   }
 }
 
+// The second prompt of a length is not planned any more: what was recorded of the first one serves. Lengths of one span, of several,
+// and of more than are recorded; heads of one kind, and of two.
+TEST_F(DeviceCacheTest, PromptsFromARecordingAreTheSame) {
+  std::mt19937 rng(12);
+  for (const int64_t tokens : {1500, 9000, 30000, 34000})
+    for (const bool two_kinds : {false, true}) {
+      SCOPED_TRACE(testing::Message() << tokens << " tokens, kinds " << 1 + two_kinds);
+      Config c = SmallConfig(DType::kBF16);
+      const std::vector<float> shares = {1, 2, 2, 1};
+      if (two_kinds) c.head_share = shares;
+      c.device_type = DeviceType::kCuda;
+      c.stream = stream_;
+      ExpressCache cache;
+      ASSERT_OK(ExpressCache::Create(c, &cache));
+      Mirror k({tokens, c.kv_heads, c.key_dim}, c.dtype), v({tokens, c.kv_heads, c.value_dim}, c.dtype);
+      Mirror q({tokens, c.query_heads, c.key_dim}, c.dtype), out({tokens, c.query_heads, c.value_dim}, c.dtype);
+      for (Mirror* m : {&q, &k, &v}) m->Fill(rng);
+      Workspace workspace{};
+      ASSERT_OK(cache.WorkspaceSize(tokens, &workspace.bytes));
+      ASSERT_CUDA(cudaMalloc(&workspace.data, workspace.bytes));
+      std::vector<char> saved[3];
+      std::vector<float> outputs[3];
+      for (int round = 0; round < 3; ++round) {
+        ASSERT_CUDA(cudaMemsetAsync(workspace.data, 0xFF, workspace.bytes, stream_));
+        ASSERT_OK(cache.Reset());
+        for (int32_t layer = 0; layer < c.layers; ++layer) {
+          out.Poison();
+          ASSERT_OK(cache.Prefill(layer, q.Gpu(), k.Gpu(), v.Gpu(), out.Gpu(), nullptr, &workspace));
+        }
+        saved[round] = Saved(cache);
+        outputs[round] = out.Floats();
+      }
+      ASSERT_CUDA(cudaFree(workspace.data));
+      for (int round = 1; round < 3; ++round) {
+        EXPECT_TRUE(saved[round] == saved[0]);
+        EXPECT_TRUE(outputs[round] == outputs[0]);
+      }
+    }
+}
+
 TEST_F(DeviceCacheTest, GraphReplayEqualsEagerCalls) {
   for (const auto& [schedule, dtype] : {std::pair{Schedule::kBudget, DType::kBF16},
                                         {Schedule::kRounds, DType::kBF16},
