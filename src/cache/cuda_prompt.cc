@@ -488,7 +488,8 @@ int64_t PromptRun::FirstRow(int32_t i) const {
   return sinks + std::max<int64_t>(0, begin.departures - old);
 }
 
-// Rows [0, first + tokens), blocks [first_block, first_block + blocks), counted from the one that holds row `first`; heads are not there yet.
+// Rows [0, first + tokens), blocks [first_block, first_block + blocks), counted from the one that holds row `first`. Without heads:
+// nothing is far.
 cuda::PrefillArgs PromptRun::PrefillArguments(int64_t first, int64_t tokens, int64_t first_block,
                                               int64_t blocks) const {
   const Config& c = cache_.config_;
@@ -565,7 +566,7 @@ Status PromptRun::Run() {
     if (first == 0 && block_ > 0) Fork(!ends);
     // First what takes longest, one kernel after the other, most of which do not fill the device. Where all else waits for the
     // halvings of one span, its scores have the device to themselves. What follows then finds room beside the attention: some
-    // multiprocessors, if these are enough for the halvings, or whatever its jobs leave.
+    // multiprocessors, if these are enough for the halvings (four blocks each), or whatever its jobs leave.
     const bool alone = first == 0 && graph_ == side_, scores_first = alone && !span_->items().empty();
     const int32_t spare = cache_.traits_.multiprocessors / 8;
     const bool fits = static_cast<int64_t>(span_->items().size()) * cache_.config_.kv_heads <= 4 * spare;
