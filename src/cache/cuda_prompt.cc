@@ -185,7 +185,7 @@ void PromptRun::Reserve() {
   StartRecording();
   blocks_.reserve(static_cast<size_t>(shape_.blocks));
   const int64_t most = cache_.MostBudget();
-  ints_.reserve(static_cast<size_t>(std::max(most, shape_.blocks)));
+  ints_.reserve(static_cast<size_t>(std::max({most, shape_.blocks, int64_t{cache_.config_.kv_heads}})));
   ranks_.reserve(static_cast<size_t>(most));
   lists_.Reserve(most);
   const auto heads = static_cast<size_t>(cache_.config_.kv_heads);
@@ -576,7 +576,7 @@ Status PromptRun::Run() {
     if (selects && first == 0 && !alone) BeginGraph();
     if (ends && fresh() && rows_first) StoreRows(cache_.stream_);
     if (first == 0 && block_ > 0)
-      AttendEarly(!selects ? 0 : scores_first && fits ? spare : cuda::PrefillArgs::kJobByJob);
+      AttendEarly(!selects && ends ? 0 : scores_first && fits ? spare : cuda::PrefillArgs::kJobByJob);
     if (selects) RunGraph(!ends);
     if (ends && fresh() && !rows_first) StoreRows(spans_ == 0 && selects ? cache_.stream_ : side_);
     if (block_ > 0) AttendSpan(first, tokens, !ends);
