@@ -196,8 +196,7 @@ class Scorer {
 
   __device__ char* Tile(int buffer) const { return tiles_ + int64_t{buffer} * shape_.tile * shape_.stride; }
 
-  // Keys of departures [begin, end) of the stream, by kSummers threads. Eight of them copy 128 bytes of a key: twice as fast as sixteen
-  // that copy 256.
+  // Keys of departures [begin, end) of the stream, by kSummers threads: eight of them copy 128 bytes of a key at a time.
   __device__ void Load(int64_t begin, int64_t end, int buffer, int32_t loader) const {
     const auto rows = static_cast<int32_t>(end - begin);
     const uint32_t tile = SharedAddress(Tile(buffer));

@@ -37,7 +37,7 @@ struct SelectionMemory {  // shared
   int32_t at[kMost];  // which protected entry
   // Candidates at work.
   __align__(16) uint32_t candidate_bits[kMost];
-  int32_t at_rank[kMost];
+  int32_t at_rank[kMost];    // of Rank
   int32_t above[kMost];      // of candidates by rank: sorted entries that are weaker
   int32_t owner[2 * kMost];  // by rank among both: sorted entry i, or ~i: candidate i
   int32_t link[kMost];  // by candidate: the protected entry whose place it takes, or ~i: that which candidate i took
@@ -116,30 +116,26 @@ struct FullSet {
   }
 };
 
-// Ranks where there are equals, in which case ranks by CountLess are not all different.
-__device__ __noinline__ int32_t RankOfListed(const FullSet set, const SelectionMemory& memory, int32_t count) {
-  const auto thread = static_cast<int32_t>(threadIdx.x);
-  if (thread >= count) return 0;
-  const uint32_t bits = memory.list_bits[thread];
-  const int64_t position = set.Position(memory.list_at[thread]);
+// Where there are equals: `weaker(j)` says whether the j-th is weaker than the thread's own, if it is equal to it.
+template <class Weaker>
+__device__ __noinline__ int32_t RankAmongEquals(const uint32_t* values, int32_t count, const Weaker weaker) {
+  const uint32_t own = values[threadIdx.x];
   int32_t rank = 0;
 #pragma unroll 1
-  for (int32_t j = 0; j < count; ++j) {
-    const uint32_t other = memory.list_bits[j];
-    rank += other < bits || (other == bits && set.Position(memory.list_at[j]) > position);
-  }
+  for (int32_t j = 0; j < count; ++j) rank += values[j] < own || (values[j] == own && weaker(j));
   return rank;
 }
-__device__ __noinline__ int32_t RankOfCandidate(const SelectionMemory& memory, int32_t count) {
+
+// The rank of the thread's own among values[0, count), of threads that have one. All threads of the block call it.
+template <class Weaker>
+__device__ __forceinline__ int32_t Rank(const uint32_t* values, int32_t count, int32_t* at_rank, const Weaker& weaker) {
   const auto thread = static_cast<int32_t>(threadIdx.x);
-  const uint32_t bits = memory.candidate_bits[thread];
-  int32_t rank = 0;
-#pragma unroll 1
-  for (int32_t j = 0; j < count; ++j) {
-    const uint32_t other = memory.candidate_bits[j];
-    rank += other < bits || (other == bits && j > thread);
-  }
-  return rank;
+  const bool has = thread < count;
+  const int32_t rank = has ? CountLess(values, count, values[thread]) : 0;
+  if (has) atomicExch(&at_rank[rank], thread);  // equals meet there: whoever is the last
+  __syncthreads();
+  const bool equals = __syncthreads_or(has && at_rank[rank] != thread);
+  return equals && has ? RankAmongEquals(values, count, weaker) : rank;
 }
 
 // Fills memory.bits and .at with the weakest entries, kMost if there are as many, sorted. Returns the bound: all others are at least
@@ -164,14 +160,11 @@ __device__ __noinline__ uint32_t FillWeakest(const FullSet set, SelectionMemory&
     memory.list_at[to] = i;
   }
   __syncthreads();
-  const bool is_listed = thread < wanted;
-  const uint32_t bits = memory.list_bits[thread];
-  int32_t rank = is_listed ? CountLess(memory.list_bits, wanted, bits) : 0;
-  if (is_listed) atomicExch(&memory.at_rank[rank], thread);  // equals meet there: whoever is the last
-  __syncthreads();
-  if (__syncthreads_or(is_listed && memory.at_rank[rank] != thread)) rank = RankOfListed(set, memory, wanted);
-  if (is_listed) {
-    memory.bits[rank] = bits;
+  const int32_t* list_at = memory.list_at;
+  const int32_t rank = Rank(memory.list_bits, wanted, memory.at_rank,
+                            [=](int32_t j) { return set.Position(list_at[j]) > set.Position(list_at[thread]); });
+  if (thread < wanted) {
+    memory.bits[rank] = memory.list_bits[thread];
     memory.at[rank] = memory.list_at[thread];
   }
   __syncthreads();
@@ -313,11 +306,8 @@ class Selection {
     __syncthreads();
 
     // Ranks. An entry is weaker than its equals that are older; candidates are younger than all that is sorted.
-    int32_t rank = is_candidate ? CountLess(m.candidate_bits, count, bits) : 0;
+    const int32_t rank = Rank(m.candidate_bits, count, m.at_rank, [own = thread_](int32_t j) { return j > own; });
     const int32_t weaker = is_candidate ? Below<false>(m.bits, sorted_, bits) : 0;
-    if (is_candidate) atomicExch(&m.at_rank[rank], thread_);  // equals meet there
-    __syncthreads();
-    if (__syncthreads_or(is_candidate && m.at_rank[rank] != thread_)) rank = RankOfCandidate(m, count);
     const int32_t place = weaker + rank;  // among both
     if (is_candidate) {
       m.above[rank] = weaker;
