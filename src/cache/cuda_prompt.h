@@ -147,7 +147,6 @@ class PromptRun {
   void Describe();
   void DescribePlan(int32_t plan, int64_t parities);
   void DescribeHeads(int32_t parity);
-  cuda::PrefillHead EarlyHead(int64_t tail) const;
   void DescribeSpan(int64_t first);
   void DescribeStore();
   void ListEntries(int32_t plan, EntryLists* lists);

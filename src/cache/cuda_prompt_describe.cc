@@ -93,8 +93,9 @@ void PromptRun::DescribeHeads(int32_t parity) {
                            .protect = device.protect,
                            .plan = PlanOf(g),
                            .stream = device.stream});
-    if (IsExact(PlanOf(g))) {  // beside heads that are not
-      prefill_heads_.push_back(EarlyHead(input_.tokens));
+    if (IsExact(PlanOf(g))) {  // beside heads that are not: nothing is far, and the exact tail begins at row 0
+      cuda::PrefillHead& head_of_all = prefill_heads_.emplace_back();
+      head_of_all.tail = static_cast<int32_t>(input_.tokens);
       continue;
     }
     const int64_t copied = g * memory_.slab_rows * SizeOf(k_.dtype);
@@ -116,18 +117,6 @@ void PromptRun::DescribeHeads(int32_t parity) {
   const bool all_early = exact_ || (spans_ == 0 && early_ == static_cast<int32_t>(span_->snapshots(0).size()) &&
                                     SpanEnd(0) == input_.tokens);
   if (block_ > 0 && !all_early) send(memory_.prefill_heads, prefill_heads_);
-}
-
-// No far list, and the exact tail begins at row 0; sinks and all else are in it, in their place.
-cuda::PrefillHead PromptRun::EarlyHead(int64_t tail) const {
-  return {.slab_key = nullptr,
-          .slab_value = nullptr,
-          .far_index = nullptr,
-          .far_bias = nullptr,
-          .far_count = nullptr,
-          .far_capacity = 0,
-          .sinks = 0,
-          .tail = static_cast<int32_t>(tail)};
 }
 
 // The graph of the span that begins at row `first`.

@@ -438,8 +438,8 @@ struct PrefillHead {     // one KV head; device memory
   int32_t sinks, tail;
 };
 struct PrefillArgs {
-  const PrefillHead*
-      heads;  // (kv_heads), or null: nothing is far, and all rows are of one block, which begins at position 0
+  // (kv_heads), or null: nothing is far, and all rows are of one block, which begins at position 0.
+  const PrefillHead* heads;
   int32_t kv_heads, group;
   int32_t key_dim, value_dim;
   DType dtype;  // of slab, q, k, v and out alike
