@@ -27,9 +27,9 @@ FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 
 
 class Express(express_abi.Express):
-    def create(self, **fields):
+    def config(self, **fields):
         stream = torch.cuda.current_stream().cuda_stream
-        return super().create(**{"device_type": CUDA, "dtype": BF16, "stream": stream, **fields})
+        return super().config(**{"device_type": CUDA, "dtype": BF16, "stream": stream, **fields})
 
 
 @triton.jit
@@ -320,12 +320,7 @@ def compress_rows(express, quick):
     kv_heads, dim, budget, rows = 8, 128, 1024, []
     print("\ncompress_kv, 8 KV heads, d 128, bf16, 1024 entries\n      n       ms      host  GB/s of the cache")
     for n in (4096, 32768, 131072) + (() if quick else (524288,)):
-        config = express_abi.Config()
-        express.call("express_config_init", C.byref(config), C.c_uint32(C.sizeof(config)))
-        fields = {"layers": 1, "query_heads": 32, "kv_heads": kv_heads, "key_dim": dim, "value_dim": dim, "budget": budget, "dtype": BF16,
-                  "device_type": CUDA, "stream": torch.cuda.current_stream().cuda_stream}
-        for name, value in fields.items():
-            setattr(config, name, value)
+        config = express.config(layers=1, query_heads=32, kv_heads=kv_heads, key_dim=dim, value_dim=dim, budget=budget)
         size, count = C.c_size_t(), C.c_int64()
         express.call("express_compress_kv_workspace", C.byref(config), C.byref(size))
         scratch = torch.empty(size.value, dtype=torch.uint8, device="cuda")

@@ -58,11 +58,15 @@ class Express:
         view.keep = t
         return view
 
-    def create(self, **fields):
+    def config(self, **fields):
         config = Config()
         self.call("express_config_init", C.byref(config), C.c_uint32(C.sizeof(Config)))
         for name, value in fields.items():
             setattr(config, name, value)
+        return config
+
+    def create(self, **fields):
+        config = self.config(**fields)
         cache = C.c_void_p()
         self.call("express_create", C.byref(config), C.byref(cache))
         return cache
