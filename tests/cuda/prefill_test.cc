@@ -326,6 +326,20 @@ Errors Compare(Prompt& p, const Expected& e) {
   return errors;
 }
 
+// What a launch writes, against what it should.
+template <class Launch>
+Errors CompareAfter(Prompt& p, const Expected& e, cudaStream_t stream, const Launch& launch) {
+  p.out.Poison();
+  p.lse.Poison();
+  launch();
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+  EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  const Errors errors = Compare(p, e);
+  EXPECT_LT(errors.out, 1);
+  EXPECT_LT(errors.lse, 1);
+  return errors;
+}
+
 // As the device does it, and as it would do it if it were older, or smaller.
 TEST_F(CudaTest, PrefillKernelsAgreeWithAttentionInDouble) {
   cudaDeviceProp device;
@@ -340,17 +354,12 @@ TEST_F(CudaTest, PrefillKernelsAgreeWithAttentionInDouble) {
     for (const Way& way : {Way{80, all, false}, {80, all, true}, {own, all, false}, {own, 1, false}, {own, 2, true}}) {
       SCOPED_TRACE(testing::Message() << "compute capability " << way.capability << ", " << way.multiprocessors
                                       << " multiprocessors, in parts: " << way.in_parts);
-      p.out.Poison();
-      p.lse.Poison();
-      for (int64_t first = 0, count; first < p.blocks; first += count) {
-        count = way.in_parts ? std::min<int64_t>(1 + static_cast<int64_t>(p.rng() % 4), p.blocks - first) : p.blocks;
-        Prefill(p.Part(first, count), way.capability, way.multiprocessors, stream_);
-      }
-      ASSERT_CUDA(cudaGetLastError());
-      ASSERT_CUDA(cudaStreamSynchronize(stream_));
-      const Errors errors = Compare(p, e);
-      EXPECT_LT(errors.out, 1);
-      EXPECT_LT(errors.lse, 1);
+      const Errors errors = CompareAfter(p, e, stream_, [&] {
+        for (int64_t first = 0, count; first < p.blocks; first += count) {
+          count = way.in_parts ? std::min<int64_t>(1 + static_cast<int64_t>(p.rng() % 4), p.blocks - first) : p.blocks;
+          Prefill(p.Part(first, count), way.capability, way.multiprocessors, stream_);
+        }
+      });
       worst = std::max(worst, errors.out);
     }
   }
@@ -391,14 +400,8 @@ TEST_F(CudaTest, PromptsOfWhichNothingIsFar) {
                                  {own, all, PrefillArgs::kJobByJob}}) {
       SCOPED_TRACE(testing::Message() << "compute capability " << launch.capability << ", " << launch.multiprocessors
                                       << " multiprocessors, to spare " << launch.spare);
-      p.out.Poison();
-      p.lse.Poison();
-      Prefill(OnlyRows(p, launch.spare), launch.capability, launch.multiprocessors, stream_);
-      ASSERT_CUDA(cudaGetLastError());
-      ASSERT_CUDA(cudaStreamSynchronize(stream_));
-      const Errors errors = Compare(p, e);
-      EXPECT_LT(errors.out, 1);
-      EXPECT_LT(errors.lse, 1);
+      CompareAfter(p, e, stream_,
+                   [&] { Prefill(OnlyRows(p, launch.spare), launch.capability, launch.multiprocessors, stream_); });
     }
   }
 }
@@ -412,23 +415,16 @@ TEST_F(CudaTest, PrefillOfAFewTokens) {
     Prompt p({DType::kBF16, dim, dim, 1, 2, 300, 70, 64, 150, 4, 100, Kind::kPlain}, seed++);
     const Expected e = Reference(p);
     for (const int32_t capability : {80, device.major * 10 + device.minor}) {
-      p.out.Poison();
-      p.lse.Poison();
-      Prefill(p.Part(0, 2), capability, 1, stream_);
-      Prefill(p.Part(2, p.blocks - 2), capability, 1, stream_);
-      ASSERT_CUDA(cudaStreamSynchronize(stream_));
-      const Errors errors = Compare(p, e);
-      EXPECT_LT(errors.out, 1) << "compute capability " << capability;
-      EXPECT_LT(errors.lse, 1) << "compute capability " << capability;
+      SCOPED_TRACE(testing::Message() << "compute capability " << capability);
+      CompareAfter(p, e, stream_, [&] {
+        Prefill(p.Part(0, 2), capability, 1, stream_);
+        Prefill(p.Part(2, p.blocks - 2), capability, 1, stream_);
+      });
     }
     Prompt rows({DType::kBF16, dim, dim, 2, 2, 300, 0, 64, 1, 0, 300, Kind::kPlain}, seed++);
     const PrefillArgs args = OnlyRows(rows, 0);
     const Expected of_rows = Reference(rows);
-    rows.out.Poison();
-    rows.lse.Poison();
-    Prefill(args, device.major * 10 + device.minor, 5, stream_);
-    ASSERT_CUDA(cudaStreamSynchronize(stream_));
-    EXPECT_LT(Compare(rows, of_rows).out, 1);
+    CompareAfter(rows, of_rows, stream_, [&] { Prefill(args, device.major * 10 + device.minor, 5, stream_); });
   }
 }
 
